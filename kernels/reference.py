@@ -1,0 +1,453 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Torch twin of every launcher in this directory, same names and signatures: the executable specification.
+
+A kernel is right when it agrees with its twin here. The engine also runs these twins on CPU, where Triton's interpreter
+would be far too slow, so they are vectorised and read small index tensors to the host (free on CPU, never done by the
+launchers). Imports torch only.
+
+Words. A tree has nodes 0..N; node 0 (the root) is the last sampled token, at flat position ``base``; N1 = N + 1,
+at most 64. ``parent[t] < t``; ``depth[t]`` counts edges to the root; bit j of ``ancestor_mask[t]`` is set iff j == t or
+j is an ancestor of t, so bit 0 is always set and ``depth = popcount(mask) - 1``. B requests are in the batch,
+``idx_mapping[b]`` is the row of request b in the request-state tensors (R rows). Request b owns the logits rows
+``cu_num_logits[b] : cu_num_logits[b + 1]``; its row i is node i of its tree.
+"""
+
+import torch
+import torch.nn.functional as F
+
+# Integer type of each width: moving bytes must not depend on what a dtype supports on CPU.
+_INTEGER_OF_WIDTH = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def tree_inputs(
+    positions: torch.Tensor,
+    logits_indices: torch.Tensor,
+    cu_num_logits: torch.Tensor,
+    idx_mapping: torch.Tensor,
+    depth: torch.Tensor,
+    ancestor_mask: torch.Tensor,
+    *,
+    batch_mask: torch.Tensor,
+    batch_len: torch.Tensor,
+    local_pos: torch.Tensor,
+) -> None:
+    """Prepare one step's verification rows: true positions and the batch-indexed ancestor masks.
+
+    Request b has n = cu_num_logits[b+1] - cu_num_logits[b] rows. With n > 1 it verifies a tree: its rows get positions
+    ``base + depth`` (base = the position its first row had), ``batch_mask[b, :n]`` its masks and ``batch_len[b] = n``.
+    With n <= 1 there is no tree: ``batch_len[b] = 0``, positions stay, ``local_pos`` is 0.
+
+    Args:
+        positions: int64 ``[T]``, flat positions of all scheduled rows; changed in place.
+        logits_indices: int64 ``[L]``, row of ``positions`` behind each logits row.
+        cu_num_logits: int32 ``[B+1]``.
+        idx_mapping: int ``[B]``.
+        depth: int32 ``[R, N1]``.
+        ancestor_mask: int64 ``[R, N1]``.
+        batch_mask: int64 ``[Rmax, N1]``, written; columns >= n and rows without a tree keep their old content.
+        batch_len: int32 ``[Rmax]``, written; 0 for b >= B.
+        local_pos: int32 ``[L]``, written: depth of each logits row's node.
+    """
+    batch_len.zero_()
+    starts = cu_num_logits.tolist()
+    for b, r in enumerate(idx_mapping.tolist()):
+        start, end = starts[b], starts[b + 1]
+        n = end - start
+        if n <= 1:
+            local_pos[start:end] = 0
+            continue
+        rows = logits_indices[start:end]
+        positions[rows] = positions[rows[0]] + depth[r, :n]
+        local_pos[start:end] = depth[r, :n]
+        batch_mask[b, :n] = ancestor_mask[r, :n]
+        batch_len[b] = n
+
+
+def tree_walk(
+    sampled: torch.Tensor,
+    draft_tokens: torch.Tensor,
+    parent: torch.Tensor,
+    cu_num_logits: torch.Tensor,
+    idx_mapping: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Walk each request's tree along the target's own samples.
+
+    From the root: emit the token sampled at the current node, then go to its lowest-index child that carries exactly
+    this token; stop when there is none. Lossless for any tree, since every emitted token is the target's sample.
+
+    Args:
+        sampled: int64 ``[L]``, the target's token of each logits row.
+        draft_tokens: int ``[L]``, the drafted token of each row (of row 0: the root's); negative is never accepted.
+        parent: int32 ``[R, N1]``.
+        cu_num_logits: int32 ``[B+1]``.
+        idx_mapping: int ``[B]``.
+
+    Returns:
+        tokens: int64 ``[B, N1]``, emitted tokens, -1 beyond them.
+        num_sampled: int32 ``[B]``, 1 + accepted nodes; 0 for a request without rows.
+        path: int32 ``[B, N1]``, node at depth d of the accepted path; d itself beyond it.
+    """
+    num_reqs, num_nodes = idx_mapping.shape[0], parent.shape[1]
+    tokens = torch.full((num_reqs, num_nodes), -1, dtype=torch.int64, device=sampled.device)
+    path = torch.arange(num_nodes, dtype=torch.int32, device=sampled.device).repeat(num_reqs, 1)
+    num_sampled = torch.zeros(num_reqs, dtype=torch.int32, device=sampled.device)
+    starts = cu_num_logits.tolist()
+    for b, r in enumerate(idx_mapping.tolist()):
+        rows = slice(starts[b], starts[b + 1])
+        emitted, nodes = _walk_one(sampled[rows].tolist(), draft_tokens[rows].tolist(), parent[r].tolist())
+        num_sampled[b] = len(emitted)
+        tokens[b, : len(emitted)] = torch.tensor(emitted, dtype=torch.int64)
+        path[b, : len(nodes)] = torch.tensor(nodes, dtype=torch.int32)
+    return tokens, num_sampled, path
+
+
+def _walk_one(sampled: list[int], draft: list[int], parent: list[int]) -> tuple[list[int], list[int]]:
+    emitted: list[int] = []
+    nodes: list[int] = []
+    for t in range(len(sampled)):
+        # A child comes after its parent, so one pass in index order meets the path's nodes in order.
+        if t > 0 and (parent[t] != nodes[-1] or draft[t] < 0 or draft[t] != emitted[-1]):
+            continue
+        nodes.append(t)
+        emitted.append(sampled[t])
+    return emitted, nodes
+
+
+def kv_base_ptrs(kv_caches: list[torch.Tensor]) -> torch.Tensor:
+    """Device table of the caches' base addresses, int64 ``[num_layers]``, for `kv_compact`; make it once at start.
+
+    Raises ValueError unless all caches share shape, strides, dtype and device, are 4-dimensional
+    ``[num_blocks, num_kv_heads, block_size, content]`` and have content stride 1.
+    """
+    first = kv_caches[0]
+    for cache in kv_caches:
+        same = (cache.shape, cache.stride(), cache.dtype, cache.device)
+        if same != (first.shape, first.stride(), first.dtype, first.device):
+            raise ValueError(
+                "kv_compact needs KV caches of one shape, strides, dtype and device, found "
+                f"{tuple(cache.shape)}/{cache.stride()}/{cache.dtype} beside "
+                f"{tuple(first.shape)}/{first.stride()}/{first.dtype}; call it once per group of equal caches."
+            )
+    if first.dim() != 4 or first.stride(3) != 1:
+        raise ValueError(
+            "kv_compact needs caches [num_blocks, num_kv_heads, block_size, content] with content stride 1, found "
+            f"shape {tuple(first.shape)}, strides {first.stride()}; pass the logical view of the cache."
+        )
+    return torch.tensor([cache.data_ptr() for cache in kv_caches], dtype=torch.int64, device=first.device)
+
+
+def kv_compact(
+    kv_caches: list[torch.Tensor],
+    base_ptrs: torch.Tensor,
+    block_table: torch.Tensor,
+    base: torch.Tensor,
+    path: torch.Tensor,
+    num_sampled: torch.Tensor,
+) -> None:
+    """Move the accepted path's KV rows to contiguous positions, in every cache.
+
+    For d = 1 .. num_sampled[b] - 1, ascending, the row (all heads, whole content) of position ``base[b] + path[b, d]``
+    is copied to position ``base[b] + d``. Position p lives in block ``block_table[b, p // block_size]``, slot
+    ``p % block_size``. Bytes are moved, so any dtype works.
+
+    Args:
+        kv_caches: tensors ``[num_blocks, num_kv_heads, block_size, content]``, equal in shape, strides and dtype.
+        base_ptrs: int64 ``[num_layers]``, ``kv_base_ptrs(kv_caches)``.
+        block_table: int32 ``[>=B, M]``.
+        base: int64 ``[B]``, flat position of the root.
+        path: int32 ``[B, N1]``, strictly increasing with ``path[b, d] >= d``.
+        num_sampled: int32 ``[B]``, 0 and 1 move nothing.
+    """
+    block_size = kv_caches[0].shape[2]
+    depths = torch.arange(path.shape[1], device=path.device)
+    moved = (depths > 0) & (depths < num_sampled[:, None]) & (path != depths)
+    req, d = moved.nonzero(as_tuple=True)
+    if req.numel() == 0:
+        return
+    src, dst = base[req] + path[req, d], base[req] + d
+    # A source is never an earlier destination (path[d] >= d): reading all rows first equals ascending copies.
+    src_block, dst_block = block_table[req, src // block_size].long(), block_table[req, dst // block_size].long()
+    for cache in kv_caches:
+        rows = cache.view(_INTEGER_OF_WIDTH[cache.element_size()])
+        rows[dst_block, :, dst % block_size] = rows[src_block, :, src % block_size]
+
+
+def tree_attention(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    seq_lens: torch.Tensor,
+    batch_mask: torch.Tensor,
+    batch_len: torch.Tensor,
+    *,
+    scale: float,
+    max_query_len: int,
+    sliding_window: int = 0,
+    k_scale: float | torch.Tensor = 1.0,
+    v_scale: float | torch.Tensor = 1.0,
+    out: torch.Tensor,
+) -> torch.Tensor:
+    """Attention of scheduled rows over the paged KV cache: causal, with an ancestor mask among tree rows.
+
+    Request b has n query rows, sequence length s (these rows included) and a tree of T = batch_len[b] nodes in its last
+    T rows (0: none). Query row i sees key j iff ``j <= s - n + i``, except that a tree row (``i >= n - T``) sees a tree
+    key (``j >= s - T``) iff bit ``j - (s - T)`` of ``batch_mask[b, i - (n - T)]`` is set. With ``sliding_window`` W > 0
+    also ``true(row) - true(key) < W``, where the true position of a tree node is ``s - T + depth`` and of any other row
+    its flat position.
+
+    Args:
+        q: ``[T, Hq, D]``; may have padding rows past ``query_start_loc[B]``.
+        k_cache, v_cache: ``[num_blocks, block_size, Hkv, D]``, any strides, possibly another dtype than q.
+        block_table: int32 ``[>=B, M]``.
+        query_start_loc: int32 ``[>=B+1]``; a request with no query rows is skipped.
+        seq_lens: int32 ``[B]``.
+        batch_mask: int64 ``[Rmax, N1]``.
+        batch_len: int32 ``[Rmax]``.
+        scale: factor of the scores.
+        max_query_len: largest n of the batch (an upper bound is enough); sizes the launch.
+        sliding_window: W in tokens, 0 for none.
+        k_scale, v_scale: factors of the cached keys and values, float or 1-element tensor.
+        out: ``[T, Hq, D]``, written for real rows only.
+
+    Returns:
+        out. Scores and sums are accumulated in fp32 (fp64 for fp64 inputs).
+    """
+    seqs = seq_lens.tolist()
+    starts = query_start_loc.tolist()
+    trees = batch_len.tolist()
+    for b, seq_len in enumerate(seqs):
+        start, end = starts[b], starts[b + 1]
+        if start == end:
+            continue
+        visible = _tree_visibility(end - start, seq_len, trees[b], batch_mask[b], sliding_window)
+        # With a sliding window the blocks behind it may already belong to others: never read them.
+        first = max(0, seq_len - (end - start) - sliding_window + 1) if sliding_window > 0 else 0
+        k = _gather_paged(k_cache, block_table[b], first, seq_len, q.dtype, k_scale)
+        v = _gather_paged(v_cache, block_table[b], first, seq_len, q.dtype, v_scale)
+        out[start:end] = _attend(q[start:end], k, v, visible[:, first:], scale)
+    return out
+
+
+def _tree_visibility(n: int, seq_len: int, tree: int, mask: torch.Tensor, window: int) -> torch.Tensor:
+    """Bool ``[n, seq_len]``: which keys each query row may see."""
+    keys = torch.arange(seq_len, device=mask.device)
+    visible = keys <= keys[seq_len - n :, None]
+    true_pos = keys
+    if tree > 0:
+        bits = ((mask[:tree, None] >> torch.arange(tree, device=mask.device)) & 1).bool()
+        visible[n - tree :, seq_len - tree :] = bits
+        true_pos = torch.cat([keys[: seq_len - tree], seq_len - tree + bits.sum(-1) - 1])
+    if window > 0:
+        visible &= true_pos[seq_len - n :, None] - true_pos < window
+    return visible
+
+
+def paged_draft_attention(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    context_lens: torch.Tensor,
+    k_block: torch.Tensor,
+    v_block: torch.Tensor,
+    *,
+    scale: float,
+    sliding_window: int = 0,
+    k_scale: float | torch.Tensor = 1.0,
+    v_scale: float | torch.Tensor = 1.0,
+    out: torch.Tensor,
+) -> torch.Tensor:
+    """Attention of the draft head's block over the target's paged KV plus the block's own, uncached K/V.
+
+    Every one of the G query rows of request b sees the context keys ``[0, context_lens[b])`` and all G rows of its own
+    block, in one softmax. With ``sliding_window`` W > 0 query g (at position ``context_len + g``) sees context key j
+    iff ``context_len + g - j < W``; the block stays visible.
+
+    Args:
+        q: ``[B, G, Hq, D]``.
+        k_cache, v_cache: ``[num_blocks, block_size, Hkv, D]``, any strides, possibly another dtype than q.
+        block_table: int32 ``[>=B, M]``.
+        context_lens: int32 ``[>=B]``, 0 allowed.
+        k_block, v_block: ``[B, G, Hkv, D]``.
+        scale: factor of the scores.
+        sliding_window: W in tokens, 0 for none.
+        k_scale, v_scale: factors of the cached keys and values (not of the block's), float or 1-element tensor.
+        out: ``[B, G, Hq, D]``, written.
+
+    Returns:
+        out. Scores and sums are accumulated in fp32 (fp64 for fp64 inputs).
+    """
+    num_reqs, block_rows = q.shape[:2]
+    rows = torch.arange(block_rows, device=q.device)
+    for b, context_len in enumerate(context_lens[:num_reqs].tolist()):
+        first = min(context_len, max(0, context_len - sliding_window + 1)) if sliding_window > 0 else 0
+        k = _gather_paged(k_cache, block_table[b], first, context_len, q.dtype, k_scale)
+        v = _gather_paged(v_cache, block_table[b], first, context_len, q.dtype, v_scale)
+        visible = None
+        if sliding_window > 0:
+            keys = torch.arange(first, context_len + block_rows, device=q.device)
+            visible = (context_len + rows[:, None] - keys < sliding_window) | (keys >= context_len)
+        k, v = torch.cat([k, k_block[b].to(k.dtype)]), torch.cat([v, v_block[b].to(v.dtype)])
+        out[b] = _attend(q[b], k, v, visible, scale)
+    return out
+
+
+def _gather_paged(
+    cache: torch.Tensor,
+    blocks: torch.Tensor,
+    start: int,
+    end: int,
+    q_dtype: torch.dtype,
+    scale: float | torch.Tensor,
+) -> torch.Tensor:
+    """Rows [start, end) of one request's paged cache as ``[end - start, Hkv, D]``, at least fp32, scale applied."""
+    block_size = cache.shape[1]
+    first_block = start // block_size
+    rows = cache[blocks[first_block : -(-end // block_size)].long()].flatten(0, 1)
+    rows = rows[start - first_block * block_size : end - first_block * block_size]
+    rows = rows.to(torch.promote_types(q_dtype, torch.float32))
+    if isinstance(scale, float) and scale == 1.0:
+        return rows
+    return rows * scale
+
+
+def _attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor | None, scale: float
+) -> torch.Tensor:
+    """q ``[n, Hq, D]``, k and v ``[m, Hkv, D]``, visible bool ``[n, m]`` or None -> ``[n, Hq, D]``."""
+    n, num_heads, head_dim = q.shape
+    num_kv_heads = k.shape[1]
+    group = num_heads // num_kv_heads
+    # The heads that share a KV head become more query rows, so K and V are not repeated.
+    rows = q.to(k.dtype).reshape(n, num_kv_heads, group, head_dim).permute(1, 2, 0, 3)
+    rows = rows.reshape(1, num_kv_heads, group * n, head_dim)
+    mask = None if visible is None else visible.repeat(group, 1)
+    result = F.scaled_dot_product_attention(
+        rows, k.transpose(0, 1)[None], v.transpose(0, 1)[None], attn_mask=mask, scale=scale
+    )
+    return result.view(num_kv_heads, group, n, head_dim).permute(2, 0, 1, 3).reshape(n, num_heads, head_dim).to(q.dtype)
+
+
+def tree_build(
+    score: torch.Tensor, token: torch.Tensor, parent: torch.Tensor, num_nodes: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Keep the N = num_nodes best candidates of each request as its tree.
+
+    Candidates are ranked by score (NaN counts as -inf), equal scores by index. A child never scores above its parent
+    and comes after it, so the kept set is closed under ancestors; the candidate of rank t - 1 becomes node t, hence
+    parents precede children and the first n nodes are the best tree of n nodes. A kept candidate with score -inf is
+    unused: it continues as a chain (``parent = t - 1``) with token 0.
+
+    Args:
+        score: fp32 ``[B, M]``, cumulative log-probability.
+        token: int64 ``[B, M]``.
+        parent: int32 ``[B, M]``, candidate index of the parent, or -1 for the root.
+        num_nodes: N, 1..63, at most M.
+
+    Returns:
+        tokens int64 ``[B, N]`` (nodes 1..N), parent int32 ``[B, N1]``, depth int32 ``[B, N1]``,
+        ancestor_mask int64 ``[B, N1]``.
+
+    Raises:
+        ValueError: num_nodes is outside 1..63 or larger than M.
+    """
+    check_num_nodes(num_nodes, score.shape[1])
+    batch, num_candidates = score.shape
+    score = torch.where(score.isnan(), float("-inf"), score)
+    order = score.argsort(dim=1, descending=True, stable=True)
+    kept = order[:, :num_nodes]
+    unused = score.gather(1, kept) == float("-inf")
+    ranks = torch.arange(num_candidates, device=score.device).expand(batch, -1)
+    rank = torch.empty_like(order).scatter_(1, order, ranks)
+    nodes = torch.arange(num_nodes + 1, device=score.device)
+
+    kept_parent = parent.gather(1, kept).long()
+    node_of_parent = torch.where(kept_parent < 0, 0, rank.gather(1, kept_parent.clamp(min=0)) + 1)
+    previous = nodes[:-1].expand(batch, -1)
+    # The minimum keeps parent[t] < t even for scores that break the rule above.
+    tree_parent = torch.where(unused, previous, torch.minimum(node_of_parent, previous))
+    tree_parent = F.pad(tree_parent, (1, 0))
+    tokens = torch.where(unused, 0, token.gather(1, kept))
+
+    mask = (torch.ones_like(nodes) << nodes).repeat(batch, 1)
+    ancestor = tree_parent
+    # Pointer doubling: after k rounds a mask holds 2**k generations, and no tree is deeper than 63.
+    for _ in range(num_nodes.bit_length()):
+        mask |= mask.gather(1, ancestor)
+        ancestor = ancestor.gather(1, ancestor)
+    depth = ((mask[:, :, None] >> nodes) & 1).sum(-1) - 1
+    return tokens, tree_parent.int(), depth.int(), mask
+
+
+def check_num_nodes(num_nodes: int, num_candidates: int) -> None:
+    """Raise ValueError unless 1 <= num_nodes <= 63 and there are enough candidates."""
+    if not 1 <= num_nodes <= 63 or num_nodes > num_candidates:
+        raise ValueError(
+            f"tree_build needs 1 <= num_nodes <= min(63, candidates), found num_nodes={num_nodes} and {num_candidates} "
+            "candidates; lower num_speculative_tokens or widen the expansion."
+        )
+
+
+def gumbel_noise(
+    seeds: torch.Tensor,
+    temperature: torch.Tensor,
+    positions: torch.Tensor,
+    idx_mapping: torch.Tensor,
+    vocab_size: int,
+) -> torch.Tensor:
+    """Temperature times the Gumbel noise the target's sampler will draw at each position.
+
+    vLLM 0.32 samples ``argmax(logits / T + g)`` with g a pure function of (seed, position, token): MurmurHash3 (32 bit)
+    over the words seed low, seed high, position low, token; its 32 bits become a uniform u in (0, 1) and
+    ``g = -log(-log(1 - u))``. (``vllm/v1/worker/gpu/sample/gumbel.py``, is_drafting=False, use_fp64=False.)
+
+    Args:
+        seeds: int64 ``[R]``.
+        temperature: fp32 ``[R]``.
+        positions: int64 ``[B, G]``, position of the row whose output is sampled (depth position for tree rows).
+        idx_mapping: int ``[B]``.
+        vocab_size: V.
+
+    Returns:
+        fp32 ``[B, G, V]``; 0 where the temperature is 0.
+    """
+    noise = torch.zeros((*positions.shape, vocab_size), dtype=torch.float32, device=positions.device)
+    temp = temperature[idx_mapping.long()]
+    sampling = temp.nonzero()[:, 0]
+    if sampling.numel() == 0:
+        return noise
+    seed = seeds[idx_mapping[sampling].long()].long()[:, None]
+    h = _murmur_mix(torch.zeros_like(seed), seed & 0xFFFFFFFF)
+    h = _murmur_mix(h, (seed >> 32) & 0xFFFFFFFF)
+    h = _murmur_mix(h, positions[sampling].long() & 0xFFFFFFFF)
+    h = _murmur_mix(h[:, :, None], torch.arange(vocab_size, device=positions.device))
+    noise[sampling] = _gumbel(_murmur_finish(h ^ 16)) * temp[sampling, None, None]
+    return noise
+
+
+def _murmur_mix(h: torch.Tensor, word: torch.Tensor) -> torch.Tensor:
+    """One MurmurHash3 round; 32-bit words held in int64, so a product's low 32 bits survive its overflow."""
+    word = _rotate(word * 0xCC9E2D51 & 0xFFFFFFFF, 15) * 0x1B873593 & 0xFFFFFFFF
+    return _rotate(h ^ word, 13) * 5 + 0xE6546B64 & 0xFFFFFFFF
+
+
+def _rotate(word: torch.Tensor, bits: int) -> torch.Tensor:
+    return (word << bits | word >> (32 - bits)) & 0xFFFFFFFF
+
+
+def _murmur_finish(h: torch.Tensor) -> torch.Tensor:
+    h = (h ^ h >> 16) * 0x85EBCA6B & 0xFFFFFFFF
+    h = (h ^ h >> 13) * 0xC2B2AE35 & 0xFFFFFFFF
+    return h ^ h >> 16
+
+
+def _gumbel(bits: torch.Tensor) -> torch.Tensor:
+    """-log(-log(1 - u)) in fp32 for u = (bits + 0.5) / 2**32, precise for small u, where the largest values are."""
+    u = (bits >> 16).float() * 2.0**-16 + ((bits & 0xFFFF).float() + 0.5) * 2.0**-32
+    series = torch.full_like(u, 1.0 / 8.0)
+    for k in range(7, 0, -1):
+        series = 1.0 / k + u * series
+    log1p = torch.where(u < 0.25, -u * series, torch.log((1.0 - u).clamp(min=2.0**-24)))
+    return -torch.log(-log1p)
