@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+# Needs Linux, Python 3.11 or newer, git and make; everything else goes into .venv.
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3; do \
+	$$p -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' 2>/dev/null \
+	&& command -v $$p && break; done)
+GPU := $(shell nvidia-smi -L 2>/dev/null | grep -m 1 "^GPU")
+BIN := .venv/bin
+STAMP := .venv/.installed
+VLLM := 0.32.0
+
+# Without a GPU every Triton kernel runs in Triton's interpreter.
+ifeq ($(GPU),)
+export TRITON_INTERPRET ?= 1
+endif
+export VLLM_NO_USAGE_STATS ?= 1
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: demo test lint tiny install clean
+
+demo: $(STAMP)
+	$(BIN)/python examples/demo.py
+
+test: $(STAMP)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+tiny: $(STAMP)
+	PATH="$(abspath $(BIN)):$$PATH" bash examples/tiny/make.sh
+
+install: $(STAMP)
+
+$(STAMP): setup.py tools/cpu/install.py $(wildcard tools/cpu/*/setup.py)
+	@test -n "$(PYTHON)" || { echo "make: needs Python 3.11 to 3.14 with venv; set PYTHON=/path/to/python" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+ifeq ($(GPU),)
+	$(BIN)/python tools/cpu/install.py
+else
+	$(BIN)/python -m pip install --quiet --upgrade pip wheel "setuptools>=77,<81"
+	$(BIN)/python -m pip install --quiet vllm==$(VLLM)
+endif
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[test,train]"
+	touch $@
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .hypothesis .ruff_cache .import_linter_cache demo.json
