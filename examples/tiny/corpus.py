@@ -9,10 +9,14 @@ Two kinds of documents:
 
 A file (or topic) is held out when the CRC-32 of its path is 0 modulo 20, so the split does not depend on order, and a
 held-out file contributes neither sources nor chats to training.
+
+``python corpus.py DIR`` writes ``train.jsonl`` and ``held_out.jsonl``, the form that ``vllm-kvspec generate`` reads.
 """
 
 import ast
+import json
 import re
+import sys
 import sysconfig
 import zlib
 from collections.abc import Iterator
@@ -69,3 +73,20 @@ def load_documents() -> list[Document]:
 def split(documents: list[Document]) -> tuple[list[Document], list[Document]]:
     """(training, held-out)."""
     return [d for d in documents if not d.held_out], [d for d in documents if d.held_out]
+
+
+def write_jsonl(documents: list[Document], path: Path) -> None:
+    """One row per file (``text``) and per chat (``messages``)."""
+    with path.open("w", encoding="utf-8") as file:
+        for document in documents:
+            file.write(json.dumps({"text": document.text, "messages": None}) + "\n")
+            for question, answer in document.chats:
+                chat = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+                file.write(json.dumps({"text": None, "messages": chat}) + "\n")
+
+
+if __name__ == "__main__":
+    directory = Path(sys.argv[1])
+    directory.mkdir(parents=True, exist_ok=True)
+    for part, name in zip(split(load_documents()), ("train", "held_out"), strict=True):
+        write_jsonl(part, directory / f"{name}.jsonl")

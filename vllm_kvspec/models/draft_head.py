@@ -136,14 +136,16 @@ class KVSpecDraftModel(PreTrainedModel):
         base: torch.Tensor,
         context: list[tuple[torch.Tensor, torch.Tensor]],
         target_hidden: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+        previous: torch.Tensor | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Score the blocks of A anchors in each of B sequences.
 
         ``anchor_embeds`` [B, A, H]: the target's embedding of the anchors. ``base`` [B, A] int64: their positions.
         ``context``: per head layer the target's keys and values [B, Hkv, S, D] of layer ``target_kv_layer_ids[i]``;
         an anchor sees positions before its own. ``target_hidden`` [B, A, H]: the target's last hidden states at
         ``base - 1``, for context "hybrid". Returns the normed hidden states [B, A, G, H]; row d predicts the token at
-        ``base + 1 + d``.
+        ``base + 1 + d``. With ``previous`` [B, A, G] int64, the true token before each predicted one, also returns the
+        transition bias [B, A, G, V] (so that a training step is one forward).
         """
         (batch, anchors), block = base.shape, self.config.draft_block_size
         hidden = self.block_inputs(anchor_embeds, target_hidden).flatten(1, 2)
@@ -152,7 +154,8 @@ class KVSpecDraftModel(PreTrainedModel):
         mask = _block_mask(base, context[0][0].shape[2], block)
         for layer, layer_context in zip(self.layers, context, strict=True):
             hidden = layer(hidden, rotary, layer_context, mask)
-        return self.norm(hidden).view(batch, anchors, block, -1)
+        hidden = self.norm(hidden).view(batch, anchors, block, -1)
+        return hidden if previous is None else (hidden, self.transition_bias(previous))
 
     def transition_bias(self, previous: torch.Tensor) -> torch.Tensor:
         """Logit bias after the tokens ``previous`` [...] int64 -> [..., V]."""
