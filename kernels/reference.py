@@ -57,7 +57,7 @@ def tree_inputs(
             local_pos[start:end] = 0
             continue
         rows = logits_indices[start:end]
-        positions[rows] = positions[rows[0]] + depth[r, :n]
+        positions[rows] = positions[rows[:1]] + depth[r, :n]
         local_pos[start:end] = depth[r, :n]
         batch_mask[b, :n] = ancestor_mask[r, :n]
         batch_len[b] = n
