@@ -117,7 +117,7 @@ def kv_base_ptrs(kv_caches: list[torch.Tensor]) -> torch.Tensor:
     """Device table of the caches' base addresses, int64 ``[num_layers]``, for `kv_compact`; make it once at start.
 
     Raises ValueError unless all caches share shape, strides, dtype and device, are 4-dimensional
-    ``[num_blocks, num_kv_heads, block_size, content]`` and have content stride 1.
+    ``[num_blocks, num_kv_heads, block_size, content]``, have content stride 1 and start at multiples of 16 bytes.
     """
     first = kv_caches[0]
     for cache in kv_caches:
@@ -133,7 +133,12 @@ def kv_base_ptrs(kv_caches: list[torch.Tensor]) -> torch.Tensor:
             "kv_compact needs caches [num_blocks, num_kv_heads, block_size, content] with content stride 1, found "
             f"shape {tuple(first.shape)}, strides {first.stride()}; pass the logical view of the cache."
         )
-    return torch.tensor([cache.data_ptr() for cache in kv_caches], dtype=torch.int64, device=first.device)
+    addresses = [cache.data_ptr() for cache in kv_caches]
+    if any(address % 16 for address in addresses):
+        raise ValueError(
+            "kv_compact needs caches that start at a multiple of 16 bytes; pass the whole cache, not a slice."
+        )
+    return torch.tensor(addresses, dtype=torch.int64, device=first.device)
 
 
 def kv_compact(

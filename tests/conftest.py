@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Test set-up: Triton's interpreter where there is no GPU, and poisoned allocations.
+
+Uninitialised memory is often zero by luck, which hides a kernel that forgets to write. Every torch.empty made by our
+package is therefore filled with NaN (or an absurd integer) while tests run.
+"""
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+INTERPRETED = not torch.cuda.is_available()
+if INTERPRETED:
+    # Before triton is imported: it decides at decoration time.
+    os.environ["TRITON_INTERPRET"] = "1"
+
+POISON_INTEGER = -0x5A5A5A5B
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if importlib.util.find_spec("vllm_kvspec") is None:
+        raise pytest.UsageError("vllm_kvspec is not importable: install it (pip install -e .) or use python -m pytest.")
+    package = Path(importlib.util.find_spec("vllm_kvspec").origin).parent
+    if not (package / "kernels" / "reference.py").is_file():
+        raise pytest.UsageError(
+            f"{package / 'kernels'} must lead to the kernels directory; restore the link with "
+            "`ln -sfn ../kernels vllm_kvspec/kernels`."
+        )
+    if INTERPRETED:
+        _load_neighbour("interpreter_bf16").install()
+    _poison_allocations()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not INTERPRETED:
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+def _load_neighbour(name: str):
+    """Import a module beside this file without putting the tests on sys.path."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def _poison_allocations() -> None:
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        setattr(owner, name, _poisoned(getattr(owner, name)))
+
+
+def _poisoned(allocate):
+    def wrapper(*args, **kwargs):
+        tensor = allocate(*args, **kwargs)
+        caller = sys._getframe(1).f_globals.get("__name__", "")
+        if caller.startswith("vllm_kvspec") and tensor.numel() > 0:
+            if tensor.dtype.is_floating_point:
+                tensor.fill_(float("nan"))
+            elif tensor.dtype in (torch.int32, torch.int64):
+                tensor.fill_(POISON_INTEGER)
+        return tensor
+
+    return wrapper
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """Where kernels run: the GPU, or the CPU under the interpreter."""
+    return torch.device("cpu" if INTERPRETED else "cuda")
