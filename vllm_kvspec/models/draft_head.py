@@ -39,6 +39,10 @@ from transformers.models.qwen3.modeling_qwen3 import (
 from vllm_kvspec.config import KVSpecDraftConfig, target_fingerprint
 
 
+class ZeroLinear(nn.Linear):
+    """A linear layer that starts at zero."""
+
+
 class KVSpecAttention(nn.Module):
     """Attention of the block's rows over the target's KV and the block's own."""
 
@@ -49,7 +53,7 @@ class KVSpecAttention(nn.Module):
         self.q_proj = nn.Linear(config.hidden_size, q_size, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
-        self.o_proj = nn.Linear(q_size, config.hidden_size, bias=False)
+        self.o_proj = ZeroLinear(q_size, config.hidden_size, bias=False)
         if config.qk_norm:
             self.q_norm = Qwen3RMSNorm(config.head_dim, eps=config.rms_norm_eps)
             self.k_norm = Qwen3RMSNorm(config.head_dim, eps=config.rms_norm_eps)
@@ -110,17 +114,17 @@ class KVSpecDraftModel(PreTrainedModel):
         self.norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = Qwen3RotaryEmbedding(config)
         self.transition_in = nn.Embedding(config.vocab_size, config.transition_rank)
-        self.transition_out = nn.Linear(config.transition_rank, config.vocab_size, bias=False)
+        self.transition_out = ZeroLinear(config.transition_rank, config.vocab_size, bias=False)
         self.post_init()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, ZeroLinear):
+            init.zeros_(module.weight)
+            return
         super()._init_weights(module)
-        if isinstance(module, KVSpecAttention):
-            init.zeros_(module.o_proj.weight)
-        elif isinstance(module, KVSpecDraftModel):
+        if isinstance(module, KVSpecDraftModel):
             init.normal_(module.block_embedding, std=self.config.initializer_range)
-            init.zeros_(module.transition_out.weight)
 
     def block_inputs(self, anchor_embeds: torch.Tensor, target_hidden: torch.Tensor | None) -> torch.Tensor:
         """Inputs of a block: ``anchor_embeds`` [..., H], ``target_hidden`` [..., H] (hybrid) -> [..., G, H]."""

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The checkpoint's configuration and the fingerprint that ties a head to its target."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from transformers import AutoConfig, LlamaConfig, Qwen3Config
+
+from vllm_kvspec.config import SPECULATORS_KEYS, KVSpecDraftConfig, check_fingerprint, target_fingerprint
+from vllm_kvspec.models.draft_head import default_kv_layer_ids, head_config_for
+
+
+class FakeTokenizer:
+    def __init__(self, vocab, added=()):
+        self.vocab, self.added = vocab, dict(added)
+
+    def get_vocab(self):
+        return self.vocab
+
+    def get_added_vocab(self):
+        return self.added
+
+
+@pytest.fixture
+def target_config():
+    return Qwen3Config(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=16, vocab_size=100, rope_parameters={"rope_type": "default", "rope_theta": 5000.0},
+    )  # fmt: skip
+
+
+def test_round_trip_keeps_every_field_and_writes_the_speculators_keys(tmp_path, target_config):
+    config = head_config_for(target_config, FakeTokenizer({"a": 0}), num_hidden_layers=2, draft_block_size=5)
+    config.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert set(SPECULATORS_KEYS) <= set(written)
+    assert written["speculators_config"]["proposal_methods"][0]["speculative_tokens"] == 10
+    assert written["transformer_layer_config"]["head_dim"] == 16
+    AutoConfig.register("kvspec", KVSpecDraftConfig, exist_ok=True)
+    loaded = AutoConfig.from_pretrained(tmp_path)
+    assert isinstance(loaded, KVSpecDraftConfig)
+    assert loaded.to_dict() == config.to_dict() | {"_name_or_path": str(tmp_path)}
+    assert (loaded.draft_block_size, loaded.target_kv_layer_ids) == (5, [2, 5])
+    assert loaded.target == config.target
+    assert loaded.architectures == ["KVSpecDraftModel"]
+
+
+def test_head_takes_its_shapes_from_the_target(target_config):
+    config = head_config_for(target_config)
+    assert (config.hidden_size, config.head_dim, config.num_key_value_heads) == (32, 16, 2)
+    assert config.rope_parameters["rope_theta"] == 5000.0
+    assert default_kv_layer_ids(36, 3) == [11, 23, 35]
+    assert default_kv_layer_ids(8, 1) == [7]
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"context": "hidden"}, "not built yet"),
+        ({"context": "both"}, "must be one of"),
+        ({"draft_block_size": 0}, "draft_block_size"),
+        ({"num_hidden_layers": 3, "target_kv_layer_ids": [1, 2]}, "one target layer per head layer"),
+        ({"target_kv_layer_ids": [1, 8], "target": {"num_hidden_layers": 8}}, "must be layers of the target"),
+        ({"attention_bias": True}, "attention_bias"),
+    ],
+)
+def test_impossible_heads_are_refused(fields, words):
+    with pytest.raises(ValueError, match=words):
+        KVSpecDraftConfig(**fields)
+
+
+def test_fingerprint_of_a_config_without_optional_fields():
+    class Minimal:
+        num_hidden_layers, num_attention_heads, hidden_size, vocab_size, rope_theta = 2, 4, 64, 10, 10000.0
+
+    found = target_fingerprint(Minimal(), None)
+    assert (found["head_dim"], found["num_key_value_heads"]) == (16, 4)
+    assert found["rope_parameters"] == {"rope_type": "default", "rope_theta": 10000.0}
+    llama = LlamaConfig(hidden_size=64, num_attention_heads=4, num_hidden_layers=2, vocab_size=10)
+    assert target_fingerprint(llama, None)["rope_parameters"]["rope_theta"] == 10000.0
+
+
+def test_check_accepts_the_same_target_elsewhere(target_config):
+    tokenizer = FakeTokenizer({"a": 0, "b": 1}, {"b": 1})
+    config = head_config_for(target_config, tokenizer)
+    found = target_fingerprint(target_config, FakeTokenizer({"b": 1, "a": 0}, {"b": 1}))
+    check_fingerprint(config, found | {"name_or_path": "/elsewhere", "architectures": ["Other"]})
+    check_fingerprint(config, found | {"tokenizer_sha256": None})
+
+
+@pytest.mark.parametrize("key", ["num_hidden_layers", "head_dim", "vocab_size", "rope_parameters", "tokenizer_sha256"])
+def test_check_refuses_another_target_naming_both_sides(target_config, key):
+    config = head_config_for(target_config, FakeTokenizer({"a": 0}))
+    found = dict(config.target, name_or_path="other-model")
+    found[key] = {"rope_parameters": {"rope_type": "default", "rope_theta": 1.0}}.get(key, 7)
+    with pytest.raises(ValueError, match="use a head trained for this target") as error:
+        check_fingerprint(config, found)
+    assert f"{key} {config.target[key]}" in str(error.value)
+    assert f"{key} {found[key]}" in str(error.value)
+    assert "other-model" in str(error.value)
+
+
+def test_the_package_itself_is_light():
+    code = "import sys, vllm_kvspec; assert not {'torch', 'vllm', 'transformers'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
