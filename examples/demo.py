@@ -83,26 +83,31 @@ def server_environment() -> dict[str, str]:
     return environment
 
 
-def server_flags() -> list[str]:
+def serve_command(target: str, speculative_config: dict | None) -> list[str]:
     """Small and exact: float32 makes the two servers' logits agree far below any gap between tokens."""
-    flags = ["--host", "127.0.0.1", "--dtype", "float32", "--max-model-len", "512", "--max-num-seqs", "8"]
-    return flags if has_gpu() else [*flags, "--enforce-eager", "--kv-cache-memory-bytes", "268435456"]
+    command = [str(Path(sys.executable).with_name("vllm")), "serve", target, "--served-model-name", "target"]
+    command += ["--host", "127.0.0.1", "--dtype", "float32", "--max-model-len", "512", "--max-num-seqs", "8"]
+    if not has_gpu():
+        command += ["--enforce-eager", "--kv-cache-memory-bytes", "268435456"]
+    if speculative_config is not None:
+        command += ["--speculative-config", json.dumps(speculative_config)]
+    return command
 
 
 class Server:
-    """``vllm serve`` in its own process group on a free loopback port, for a ``with`` block."""
+    """A ``vllm serve`` command in its own process group on a free loopback port, for a ``with`` block."""
 
-    def __init__(self, target: str, speculative_config: dict | None = None, timeout_s: float = 600):
-        """``timeout_s``: seconds until /health must answer, else RuntimeError with the end of the server's log."""
+    def __init__(self, command: list[str], timeout_s: float = 600):
+        """``--port`` is appended to ``command``.
+
+        ``timeout_s``: seconds until /health must answer, else RuntimeError with the end of the server's log.
+        """
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
         self.timeout_s = timeout_s
-        vllm = str(Path(sys.executable).with_name("vllm"))
-        self.command = [vllm, "serve", target, "--served-model-name", "target", "--port", str(port), *server_flags()]
-        if speculative_config is not None:
-            self.command += ["--speculative-config", json.dumps(speculative_config)]
+        self.command = [*command, "--port", str(port)]
 
     def __enter__(self) -> "Server":
         self.log = tempfile.NamedTemporaryFile(mode="w+", prefix="vllm-serve-", suffix=".log")  # noqa: SIM115
@@ -232,7 +237,8 @@ def load_requests(path: Path, count: int) -> list[Request]:
 def run(name: str, target: str, speculative_config: dict | None, requests: list[Request], args) -> list[Reply]:
     """All replies of one server, asked one request at a time."""
     console = Console()
-    with console.status(f"starting {name} ..."), Server(target, speculative_config, args.timeout) as server:
+    command = serve_command(target, speculative_config)
+    with console.status(f"starting {name} ..."), Server(command, args.timeout) as server:
         # The first request pays for lazy set-up.
         server.ask(requests[0], 2)
         replies = []
@@ -265,9 +271,9 @@ def summarise(replies: list[Reply]) -> dict:
     }
 
 
-def request_table(requests: list[Request], plain: list[Reply], kvspec: list[Reply]) -> Table:
+def request_table(requests: list[Request], plain: list[Reply], kvspec: list[Reply], method: str) -> Table:
     table = Table(title="the same requests, without and with speculation")
-    for column in ("#", "request", "source", "T", "tokens", "steps plain", "steps kvspec", "tau", "identical"):
+    for column in ("#", "request", "source", "T", "tokens", "steps plain", f"steps {method}", "tau", "identical"):
         table.add_column(column, justify="left" if column in ("request", "source") else "right")
     for i, (request, a, b) in enumerate(zip(requests, plain, kvspec, strict=True)):
         same = identical(a, b)
@@ -286,11 +292,11 @@ def request_table(requests: list[Request], plain: list[Reply], kvspec: list[Repl
     return table
 
 
-def summary_table(plain: dict, kvspec: dict, by_temperature: dict[str, dict]) -> Table:
+def summary_table(plain: dict, kvspec: dict, by_temperature: dict[str, dict], method: str) -> Table:
     table = Table(title="summary")
     table.add_column("")
     table.add_column("plain", justify="right")
-    table.add_column("kvspec", justify="right")
+    table.add_column(method, justify="right")
     table.add_row("tokens", str(plain["tokens"]), str(kvspec["tokens"]))
     table.add_row("engine steps", str(plain["engine_steps"]), str(kvspec["engine_steps"]))
     for name, summary in {"all": kvspec, **by_temperature}.items():
@@ -329,8 +335,8 @@ def report(requests: list[Request], plain: list[Reply], kvspec: list[Reply], arg
     }
     args.output.write_text(json.dumps(result, indent=2) + "\n")
     console = Console(width=max(Console().width, 110))
-    console.print(request_table(requests, plain, kvspec))
-    console.print(summary_table(result["plain"], result["kvspec"], by_temperature))
+    console.print(request_table(requests, plain, kvspec, args.method))
+    console.print(summary_table(result["plain"], result["kvspec"], by_temperature, args.method))
     same = sum(row["identical"] for row in rows)
     console.print(f"{same} of {len(rows)} answers identical; details in {args.output}")
     if result["kvspec"]["drafts"] == 0:

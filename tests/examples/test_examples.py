@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The example scripts, run as a user runs them, on the tiny target and its head.
+
+TARGET and DRAFT in the environment choose other checkpoints.
+"""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+TARGET = os.environ.get("TARGET", str(EXAMPLES / "tiny" / "target"))
+DRAFT = os.environ.get("DRAFT", str(EXAMPLES / "tiny" / "draft"))
+
+
+def load_demo():
+    spec = importlib.util.spec_from_file_location("kvspec_demo", EXAMPLES / "demo.py")
+    module = importlib.util.module_from_spec(spec)
+    # Dataclasses look their module up by name.
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+demo = load_demo()
+
+
+def run_script(*command: str, **environment: str) -> str:
+    """Standard output of an example script; fails with its error output."""
+    done = subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, env={**demo.server_environment(), **environment}
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+def group_is_gone(process_group: int) -> bool:
+    try:
+        os.killpg(process_group, 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+def test_requests_of_the_demo_cover_every_combination():
+    requests = demo.load_requests(EXAMPLES / "prompts.jsonl", 12)
+    assert len(requests) == 12
+    assert len({(r.kind, r.stream, r.temperature) for r in requests[:8]}) == 8
+    assert len({r.prompt or json.dumps(r.messages) for r in requests}) == 12
+
+
+def test_metrics_page_is_summed_over_engines():
+    page = (
+        "# HELP vllm:spec_decode_num_drafts_total x\n"
+        'vllm:spec_decode_num_drafts_total{engine="0",model_name="t"} 3.0\n'
+        'vllm:spec_decode_num_drafts_total{engine="1",model_name="t"} 4.0\n'
+        'vllm:spec_decode_num_accepted_tokens_total{engine="0",model_name="t"} 14.0\n'
+        'vllm:spec_decode_num_accepted_tokens_per_pos_total{engine="0",model_name="t",position="0"} 9.0\n'
+        'vllm:generation_tokens_created{engine="0",model_name="t"} 1.7e+09\n'
+        'vllm:iteration_tokens_total_count{engine="0",model_name="t"} 21.0\n'
+    )
+    metrics = demo.parse_metrics(page)
+    assert metrics == {demo.DRAFTS: 7, demo.ACCEPTED: 14, (demo.ACCEPTED_AT_DEPTH, 1): 9, demo.ENGINE_STEPS: 21}
+    assert demo.tau(metrics) == 3.0
+
+
+def test_answers_without_tokens_are_not_called_identical():
+    assert not demo.identical(demo.Reply("", [], 1.0), demo.Reply("", [], 1.0))
+    assert not demo.identical(demo.Reply("a", [1], 1.0), demo.Reply("a", [2], 1.0))
+    assert demo.identical(demo.Reply("a", [1], 1.0), demo.Reply("a", [1], 2.0))
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [("print('no such model'); raise SystemExit(3)", "status 3"), ("import time; time.sleep(60)", "did not answer")],
+    ids=["stops", "hangs"],
+)
+def test_server_that_does_not_start_is_reported_and_ended(code, message):
+    server = demo.Server([sys.executable, "-uc", code], timeout_s=2)
+    with pytest.raises(RuntimeError, match=message) as error, server:
+        pass
+    assert group_is_gone(server.process.pid)
+    if message == "status 3":
+        assert "no such model" in str(error.value)
+
+
+@pytest.fixture(scope="module")
+def server():
+    """``examples/serve.sh`` with a head of the tiny target."""
+    for directory in (TARGET, DRAFT):
+        assert Path(directory, "config.json").exists(), f"{directory} is missing: run `make tiny`"
+    environment = {"TARGET": TARGET, "DRAFT": DRAFT, "N": "8"}
+    command = ["env", *(f"{k}={v}" for k, v in environment.items()), "bash", str(EXAMPLES / "serve.sh")]
+    with demo.Server(command) as running:
+        yield running
+    assert group_is_gone(running.process.pid)
+
+
+@pytest.mark.e2e
+@pytest.mark.slow
+def test_openai_client(server):
+    before = server.metrics()
+    printed = run_script(
+        str(EXAMPLES / "openai_client.py"), "--base-url", f"{server.url}/v1", "--max-tokens", "12", "--seed", "1"
+    )
+    assert printed.count("prompt tokens, ") == 2
+    after = server.metrics()
+    assert after[demo.GENERATED] > before[demo.GENERATED]
+    assert after[demo.DRAFTS] > before[demo.DRAFTS]
+    assert after[demo.DRAFT_TOKENS] - before[demo.DRAFT_TOKENS] == 8 * (after[demo.DRAFTS] - before[demo.DRAFTS])
+
+
+@pytest.mark.e2e
+@pytest.mark.slow
+def test_streamed_answer_is_the_same_as_the_whole_one(server):
+    (request,) = demo.load_requests(EXAMPLES / "prompts.jsonl", 1)
+    whole = demo.send(server.client, request, 12)
+    assert len(whole[1]) == 12
+    streamed = demo.Request(**{**vars(request), "stream": True})
+    assert demo.send(server.client, streamed, 12) == whole
+
+
+@pytest.mark.e2e
+@pytest.mark.slow
+def test_offline_generate_with_and_without_speculation():
+    script, common = (
+        str(EXAMPLES / "offline_generate.py"),
+        ["--max-tokens", "16", "--temperature", "0.8", "--seed", "5"],
+    )
+    # In one process: starts faster, and nothing here needs another.
+    environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    plain = run_script(script, "--no-spec", "--target", TARGET, *common, **environment)
+    kvspec = run_script(
+        script, "--target", TARGET, "--draft", DRAFT, "--num-speculative-tokens", "8", *common, **environment
+    )
+    texts = [[line for line in out.splitlines() if line.startswith('{"prompt"')] for out in (plain, kvspec)]
+    assert len(texts[0]) == 3
+    assert texts[0] == texts[1]
+    assert "tau " in kvspec and "tau " not in plain
