@@ -34,6 +34,7 @@ from rich.table import Table
 EXAMPLES = Path(__file__).resolve().parent
 # An interpreted engine step takes tenths of a second; a server that is silent for longer is stuck.
 REQUEST_TIMEOUT_S = 300
+STOP_TIMEOUT_S = 20
 DRAFTS = "vllm:spec_decode_num_drafts_total"
 DRAFT_TOKENS = "vllm:spec_decode_num_draft_tokens_total"
 ACCEPTED = "vllm:spec_decode_num_accepted_tokens_total"
@@ -146,17 +147,24 @@ class Server:
     def log_tail(self, lines: int = 40) -> str:
         return "\n".join(Path(self.log.name).read_text(errors="replace").splitlines()[-lines:])
 
+    def alive(self) -> bool:
+        """Whether any process of the server's group is left."""
+        # Reaps the server itself, which would otherwise count as left.
+        self.process.poll()
+        try:
+            os.killpg(self.process.pid, 0)
+        except ProcessLookupError:
+            return False
+        return True
+
     def stop(self) -> None:
         """End the server and its engine processes, politely and then by force."""
-        for kind, patience_s in ((signal.SIGTERM, 20), (signal.SIGKILL, 20)):
-            try:
+        for kind in (signal.SIGTERM, signal.SIGKILL):
+            if self.alive():
                 os.killpg(self.process.pid, kind)
-            except ProcessLookupError:
-                break
-            try:
-                self.process.wait(patience_s)
-            except subprocess.TimeoutExpired:
-                continue
+            deadline = time.monotonic() + STOP_TIMEOUT_S
+            while self.alive() and time.monotonic() < deadline:
+                time.sleep(0.1)
         self.log.close()
 
     def metrics(self) -> Counter:
