@@ -13,7 +13,6 @@ ifeq ($(GPU),)
 export TRITON_INTERPRET ?= 1
 endif
 export VLLM_NO_USAGE_STATS ?= 1
-export HF_HUB_OFFLINE ?= 1
 
 .PHONY: demo test lint tiny install clean
 

@@ -24,6 +24,7 @@ import time
 import urllib.error
 import urllib.request
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -76,9 +77,11 @@ def has_gpu() -> bool:
     return subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout.startswith("GPU")
 
 
-def server_environment() -> dict[str, str]:
-    """This process's environment with what an offline server needs; without a GPU, kernels are interpreted."""
-    environment = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", **os.environ}
+def server_environment(*models: str) -> dict[str, str]:
+    """This process's environment for a server of ``models``; without a GPU, kernels are interpreted."""
+    environment = {"VLLM_NO_USAGE_STATS": "1", **os.environ}
+    if all(Path(model).is_dir() for model in models):
+        environment.setdefault("HF_HUB_OFFLINE", "1")
     if not has_gpu():
         environment.setdefault("TRITON_INTERPRET", "1")
     return environment
@@ -98,8 +101,8 @@ def serve_command(target: str, speculative_config: dict | None) -> list[str]:
 class Server:
     """A ``vllm serve`` command in its own process group on a free loopback port, for a ``with`` block."""
 
-    def __init__(self, command: list[str], timeout_s: float = 600):
-        """``--port`` is appended to ``command``.
+    def __init__(self, command: list[str], models: Sequence[str] = (), timeout_s: float = 600):
+        """``--port`` is appended to ``command``; ``models`` are the directories or repositories it loads.
 
         ``timeout_s``: seconds until /health must answer, else RuntimeError with the end of the server's log.
         """
@@ -108,6 +111,7 @@ class Server:
             port = probe.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
         self.timeout_s = timeout_s
+        self.models = models
         self.command = [*command, "--port", str(port)]
 
     def __enter__(self) -> "Server":
@@ -117,7 +121,7 @@ class Server:
             stdin=subprocess.DEVNULL,
             stdout=self.log,
             stderr=subprocess.STDOUT,
-            env=server_environment(),
+            env=server_environment(*self.models),
             start_new_session=True,
         )
         try:
@@ -246,7 +250,8 @@ def run(name: str, target: str, speculative_config: dict | None, requests: list[
     """All replies of one server, asked one request at a time."""
     console = Console()
     command = serve_command(target, speculative_config)
-    with console.status(f"starting {name} ..."), Server(command, args.timeout) as server:
+    models = (target, args.draft)
+    with console.status(f"starting {name} ..."), Server(command, models, args.timeout) as server:
         # The first request pays for lazy set-up.
         server.ask(requests[0], 2)
         replies = []
@@ -377,6 +382,9 @@ def main() -> int:
     args = parse_args()
     # A polite kill of this script must reach the servers, which live in their own process groups.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    for model in (args.target, args.draft):
+        if EXAMPLES in Path(model).parents and not Path(model, "config.json").exists():
+            raise RuntimeError(f"{model} must hold a checkpoint; found none. Run `make tiny` to train the tiny pair.")
     requests = load_requests(args.prompts, args.requests)
     kvspec = run(args.method, args.target, speculative_config(args), requests, args)
     plain = run("plain", args.target, None, requests, args)

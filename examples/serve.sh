@@ -15,6 +15,9 @@ DRAFT="${DRAFT:-$here/tiny/draft}"
 N="${N:-16}"
 VLLM="${VLLM:-$([ -x "$here/../.venv/bin/vllm" ] && echo "$here/../.venv/bin/vllm" || echo vllm)}"
 
+if [ -d "$TARGET" ] && [ -d "$DRAFT" ]; then
+    export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}"
+fi
 flags=(--host 127.0.0.1 --served-model-name target)
 if ! nvidia-smi -L 2>/dev/null | grep -q '^GPU'; then
     # On a CPU: kernels in Triton's interpreter, exact float32, and a small KV cache.
