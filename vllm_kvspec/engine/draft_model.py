@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The draft head in vLLM's parallel linears. ``models/draft_head.py`` is the definition; the weights are the same.
+
+It owns no vLLM ``Attention`` layer, so vLLM allocates no KV cache for it: context keys and values are the target's, read
+in place, and the block's own live only within one call.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.distributed import get_tensor_model_parallel_world_size
+from vllm.model_executor.layers.activation import SiluAndMul
+from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
+from vllm.model_executor.layers.rotary_embedding import get_rope
+from vllm.model_executor.model_loader.weight_utils import default_weight_loader
+
+from vllm_kvspec.config import KVSpecDraftConfig
+from vllm_kvspec.engine import ops
+from vllm_kvspec.engine.target_kv import PagedLayer
+
+# (parameter here, its part in the checkpoint, shard id)
+STACKED = (
+    ("qkv_proj", "q_proj", "q"),
+    ("qkv_proj", "k_proj", "k"),
+    ("qkv_proj", "v_proj", "v"),
+    ("gate_up_proj", "gate_proj", 0),
+    ("gate_up_proj", "up_proj", 1),
+)
+
+
+class KVSpecAttention(nn.Module):
+    """Attention of the block's rows over one target layer's paged KV and over the block itself."""
+
+    def __init__(self, config: KVSpecDraftConfig, max_position: int, prefix: str):
+        super().__init__()
+        tp_size = get_tensor_model_parallel_world_size()
+        self.head_dim = config.head_dim
+        self.num_heads = config.num_attention_heads // tp_size
+        self.num_kv_heads = max(1, config.num_key_value_heads // tp_size)
+        self.block_size = config.draft_block_size
+        self.scale = config.head_dim**-0.5
+        self.qkv_proj = QKVParallelLinear(
+            config.hidden_size,
+            config.head_dim,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            bias=False,
+            prefix=f"{prefix}.qkv_proj",
+        )
+        self.o_proj = RowParallelLinear(
+            config.num_attention_heads * config.head_dim, config.hidden_size, bias=False, prefix=f"{prefix}.o_proj"
+        )
+        self.rotary_emb = get_rope(
+            config.head_dim, max_position=max_position, rope_parameters=config.rope_parameters
+        )
+        self.q_norm = RMSNorm(config.head_dim, eps=config.rms_norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(config.head_dim, eps=config.rms_norm_eps) if config.qk_norm else None
+
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        positions: torch.Tensor,
+        target: PagedLayer,
+        block_table: torch.Tensor,
+        context_lens: torch.Tensor,
+    ) -> torch.Tensor:
+        """``hidden`` [B*G, H], ``positions`` int64 [B*G], ``block_table`` int32 [>=B, M], ``context_lens`` int32 [B]."""
+        qkv, _ = self.qkv_proj(hidden)
+        q_size, kv_size = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        q, k, v = qkv.split([q_size, kv_size, kv_size], dim=-1)
+        if self.q_norm is not None:
+            q = self.q_norm(q.reshape(-1, self.num_heads, self.head_dim)).view(-1, q_size)
+            k = self.k_norm(k.reshape(-1, self.num_kv_heads, self.head_dim)).view(-1, kv_size)
+        q, k = self.rotary_emb(positions, q, k)
+        rows = (-1, self.block_size)
+        q = q.view(*rows, self.num_heads, self.head_dim)
+        out = ops.paged_draft_attention(
+            q,
+            target.k_cache,
+            target.v_cache,
+            block_table,
+            context_lens,
+            k.view(*rows, self.num_kv_heads, self.head_dim),
+            v.reshape(*rows, self.num_kv_heads, self.head_dim),
+            scale=self.scale,
+            sliding_window=target.sliding_window,
+            k_scale=target.k_scale,
+            v_scale=target.v_scale,
+            out=torch.empty_like(q),
+        )
+        output, _ = self.o_proj(out.view(-1, q_size))
+        return output
+
+
+class KVSpecMLP(nn.Module):
+    def __init__(self, config: KVSpecDraftConfig, prefix: str):
+        super().__init__()
+        self.gate_up_proj = MergedColumnParallelLinear(
+            config.hidden_size, [config.intermediate_size] * 2, bias=False, prefix=f"{prefix}.gate_up_proj"
+        )
+        self.down_proj = RowParallelLinear(
+            config.intermediate_size, config.hidden_size, bias=False, prefix=f"{prefix}.down_proj"
+        )
+        self.act_fn = SiluAndMul()
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        gate_up, _ = self.gate_up_proj(hidden)
+        output, _ = self.down_proj(self.act_fn(gate_up))
+        return output
+
+
+class KVSpecLayer(nn.Module):
+    def __init__(self, config: KVSpecDraftConfig, max_position: int, prefix: str):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.self_attn = KVSpecAttention(config, max_position, f"{prefix}.self_attn")
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp = KVSpecMLP(config, f"{prefix}.mlp")
+
+    def forward(self, hidden: torch.Tensor, *attention_inputs) -> torch.Tensor:
+        hidden = hidden + self.self_attn(self.input_layernorm(hidden), *attention_inputs)
+        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+
+
+class KVSpecDraftModel(nn.Module):
+    """Built and loaded by vLLM's model loader from the head's checkpoint."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
+        super().__init__()
+        config: KVSpecDraftConfig = vllm_config.speculative_config.draft_model_config.hf_config
+        self.config = config
+        # A tree node may sit a block beyond the last position the target will ever decode.
+        max_position = vllm_config.model_config.max_model_len + config.draft_block_size
+        hidden = config.hidden_size
+        self.block_embedding = nn.Parameter(torch.empty(config.draft_block_size, hidden))
+        if config.context == "hybrid":
+            self.context_proj = nn.Linear(2 * hidden, hidden, bias=False)
+        self.layers = nn.ModuleList(
+            KVSpecLayer(config, max_position, f"{prefix}.layers.{i}") for i in range(config.num_hidden_layers)
+        )
+        self.norm = RMSNorm(hidden, eps=config.rms_norm_eps)
+        self.transition_in = nn.Embedding(config.vocab_size, config.transition_rank)
+        self.transition_out = nn.Linear(config.transition_rank, config.vocab_size, bias=False)
+
+    def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """vLLM's registry asks every generation model for it; the head's embedding is the target's."""
+        raise NotImplementedError("a kvspec head uses its target's embedding")
+
+    def block_inputs(self, anchor_embeds: torch.Tensor, target_hidden: torch.Tensor) -> torch.Tensor:
+        """``anchor_embeds``, ``target_hidden`` [B, H] -> the block's inputs [B, G, H]."""
+        first = anchor_embeds + self.block_embedding[0]
+        if self.config.context == "hybrid":
+            first = self.context_proj(torch.cat((first, target_hidden), dim=-1))
+        rest = self.block_embedding[1:].expand(first.shape[0], -1, -1)
+        return torch.cat((first.unsqueeze(1), rest), dim=1)
+
+    def forward(
+        self,
+        anchor_embeds: torch.Tensor,
+        target_hidden: torch.Tensor,
+        base: torch.Tensor,
+        context: list[PagedLayer],
+        block_tables: list[torch.Tensor],
+    ) -> torch.Tensor:
+        """Score one block per request.
+
+        anchor_embeds, target_hidden: [B, H]. base: int32 [B], the anchors' positions, which is also how many positions
+        of target KV each request sees. context: one PagedLayer per head layer. block_tables: int32 [>=B, M] per KV
+        cache group. Returns normed hidden states [B, G, H]; row d predicts the token at base + 1 + d.
+        """
+        batch, block = base.shape[0], self.config.draft_block_size
+        hidden = self.block_inputs(anchor_embeds, target_hidden).flatten(0, 1)
+        positions = (base.long()[:, None] + torch.arange(block, device=base.device)).flatten()
+        for layer, target in zip(self.layers, context, strict=True):
+            hidden = layer(hidden, positions, target, block_tables[target.group], base)
+        return self.norm(hidden).view(batch, block, -1)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """Load the checkpoint's tensors; raises ValueError for a tensor the head lacks or one it does not get."""
+        parameters = dict(self.named_parameters())
+        loaded: set[str] = set()
+        parts: set[str] = set()
+        for name, tensor in weights:
+            target, shard = name, None
+            for ours, theirs, shard_id in STACKED:
+                if f".{theirs}." in name:
+                    target, shard = name.replace(theirs, ours), shard_id
+            if target not in parameters:
+                raise ValueError(
+                    f"The draft head's checkpoint has a tensor {name} that this head ({self.config.context} context) does "
+                    "not have. Use a config.json and model.safetensors from the same training run."
+                )
+            parameter = parameters[target]
+            loader = getattr(parameter, "weight_loader", default_weight_loader)
+            loader(parameter, tensor, *(() if shard is None else (shard,)))
+            loaded.add(target)
+            parts.add(name)
+        self._require_all(parameters, parts)
+        return loaded
+
+    def _require_all(self, parameters: dict[str, torch.Tensor], parts: set[str]) -> None:
+        expected = set()
+        for name in parameters:
+            stacked = [name.replace(ours, theirs) for ours, theirs, _ in STACKED if f".{ours}." in name]
+            expected.update(stacked or [name])
+        if missing := sorted(expected - parts):
+            raise ValueError(
+                f"The draft head's checkpoint lacks {len(missing)} tensors, first {missing[0]}. "
+                "Use a config.json and model.safetensors from the same training run."
+            )

@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kernels the engine calls: Triton on a GPU, their torch twins on CPU.
+
+On CPU, Triton kernels run in the interpreter: right, but a hundred times slower than the twins. Set
+``VLLM_KVSPEC_KERNELS=triton`` to run them there all the same (the tests do), or ``torch`` to run the twins anywhere.
+"""
+
+import os
+
+import torch
+
+_CHOICES = ("auto", "triton", "torch")
+_choice = os.environ.get("VLLM_KVSPEC_KERNELS", "auto")
+if _choice not in _CHOICES:
+    raise ValueError(f"VLLM_KVSPEC_KERNELS must be one of {', '.join(_CHOICES)}; found {_choice!r}.")
+
+USE_TRITON = _choice == "triton" or (_choice == "auto" and torch.cuda.is_available())
+
+if USE_TRITON:
+    from vllm_kvspec.kernels.gumbel_noise import gumbel_noise
+    from vllm_kvspec.kernels.kv_compact import kv_compact
+    from vllm_kvspec.kernels.paged_draft_attention import paged_draft_attention
+    from vllm_kvspec.kernels.tree_attention import tree_attention
+    from vllm_kvspec.kernels.tree_build import tree_build
+    from vllm_kvspec.kernels.tree_inputs import tree_inputs
+    from vllm_kvspec.kernels.tree_walk import tree_walk
+else:
+    from vllm_kvspec.kernels.reference import (
+        gumbel_noise,
+        kv_compact,
+        paged_draft_attention,
+        tree_attention,
+        tree_build,
+        tree_inputs,
+        tree_walk,
+    )
+
+__all__ = [
+    "USE_TRITON",
+    "gumbel_noise",
+    "kv_compact",
+    "paged_draft_attention",
+    "tree_attention",
+    "tree_build",
+    "tree_inputs",
+    "tree_walk",
+]

@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ``vllm.general_plugins`` entry point named ``kvspec``.
+
+vLLM calls ``register`` once per process: front-end, engine core, workers, and the model-inspection subprocess. It must
+be quick, idempotent, and free of worker imports (on CPU, ``vllm.v1.worker.cpu.shm`` has to be imported before anything
+below ``vllm.v1.worker.gpu``).
+"""
+
+
+def register() -> None:
+    """Make ``{"method": "kvspec"}`` known to vLLM. Changes nothing for any other method."""
+    from vllm_kvspec.engine import compat, patches
+
+    if problem := compat.version_problem():
+        patches.refuse_kvspec(problem)
+        return
+
+    from transformers import AutoConfig
+    from vllm import ModelRegistry
+
+    from vllm_kvspec.config import KVSpecDraftConfig
+
+    AutoConfig.register(KVSpecDraftConfig.model_type, KVSpecDraftConfig, exist_ok=True)
+    ModelRegistry.register_model("KVSpecDraftModel", "vllm_kvspec.engine.draft_model:KVSpecDraftModel")
+    patches.accept_kvspec()
+    patches.allow_async_scheduling()

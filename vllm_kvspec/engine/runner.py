@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Overrides of Model Runner V2, the same for CUDA and CPU.
+
+One step: ``prepare_attn`` turns flat positions of tree rows into depth positions and publishes the ancestor masks; the
+target's forward verifies every row; ``sample`` walks the tree and moves the accepted KV rows to contiguous slots; vLLM
+then updates the request states and calls the speculator. Nothing here waits for the device.
+"""
+
+import torch
+from vllm.sampling_params import SamplingParams
+from vllm.v1.worker.gpu.input_batch import InputBatch
+
+from vllm_kvspec.engine import ops
+from vllm_kvspec.engine.sampler import TreeRejectionSampler
+from vllm_kvspec.engine.target_kv import cache_classes, check_groups
+
+
+def needs_chain(params: SamplingParams | None) -> bool:
+    """Whether sampling depends on the linear order of the drafts, so that the request must get a chain.
+
+    Penalties, bad words and thinking budgets read the drafts before a row as its prefix; structured outputs validate
+    and mask them as one sequence (vllm_hooks: penalties.py, bad_words.py, thinking_budget.py, structured_outputs.py).
+    """
+    if params is None:
+        return False
+    return bool(
+        params.structured_outputs is not None
+        or params.repetition_penalty != 1.0
+        or params.frequency_penalty != 0.0
+        or params.presence_penalty != 0.0
+        or params.bad_words
+        or getattr(params, "thinking_token_budget", None) is not None
+        or getattr(params, "repetition_detection", None) is not None
+        or params.extra_args
+    )
+
+
+class KVSpecRunnerMixin:
+    """Put before GPUModelRunner or CPUModelRunner in the bases."""
+
+    def load_model(self, *args, **kwargs) -> None:
+        super().load_model(*args, **kwargs)
+        self.tree_state = self.speculator.state
+        # Custom processors see the drafts in linear order, for every request.
+        self.always_chain = bool(self.model_config.logits_processors) or self.speculative_config.tree == "chain"
+        self.rejection_sampler = TreeRejectionSampler(
+            self.sampler, self.speculative_config, self.device, self.tree_state
+        )
+        self.speculator.set_sampler(self.rejection_sampler)
+
+    def initialize_kv_cache(self, kv_cache_config, *args, **kwargs) -> None:
+        check_groups(kv_cache_config)
+        super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
+        context = self.compilation_config.static_forward_context
+        self.cache_classes = cache_classes(self.kv_cache_config, context)
+        self.speculator.bind_target_kv(self.kv_cache_config, context)
+        for groups in self.attn_groups:
+            for group in groups:
+                for builder in group.metadata_builders:
+                    builder.tree_state = self.tree_state
+
+    def add_requests(self, scheduler_output) -> None:
+        super().add_requests(scheduler_output)
+        new = scheduler_output.scheduled_new_reqs
+        if new:
+            rows = [self.req_states.req_id_to_index[request.req_id] for request in new]
+            chain = [self.always_chain or needs_chain(request.sampling_params) for request in new]
+            self.tree_state.add_requests(rows, chain)
+
+    def prepare_attn(self, input_batch: InputBatch):
+        # Slots come from flat positions, so vLLM computes them before the positions are rewritten.
+        block_tables, slot_mappings = super().prepare_attn(input_batch)
+        state = self.tree_state
+        if input_batch.num_draft_tokens == 0:
+            state.clear_batch()
+            return block_tables, slot_mappings
+        state.has_drafts = True
+        ops.tree_inputs(
+            input_batch.positions,
+            input_batch.logits_indices,
+            input_batch.cu_num_logits,
+            input_batch.idx_mapping,
+            state.depth,
+            state.ancestor_mask,
+            batch_mask=state.batch_mask,
+            batch_len=state.batch_len,
+            local_pos=state.local_pos,
+        )
+        return block_tables, slot_mappings
+
+    def prepare_dummy_attn(self, input_batch: InputBatch, *args, **kwargs):
+        self.tree_state.clear_batch()
+        return super().prepare_dummy_attn(input_batch, *args, **kwargs)
+
+    def sample(self, hidden_states: torch.Tensor, input_batch: InputBatch, grammar_output):
+        output, num_sampled, num_rejected = super().sample(hidden_states, input_batch, grammar_output)
+        if input_batch.num_draft_tokens > 0:
+            self._compact_kv(input_batch, num_sampled)
+        else:
+            self.rejection_sampler.path = None
+        return output, num_sampled, num_rejected
+
+    def _compact_kv(self, input_batch: InputBatch, num_sampled: torch.Tensor) -> None:
+        """Move accepted rows to the slots of their true positions, in every target layer."""
+        if self.always_chain:
+            return
+        root_rows = input_batch.logits_indices[input_batch.cu_num_logits[:-1].long()]
+        base = input_batch.positions[root_rows]
+        for cache_class in self.cache_classes:
+            ops.kv_compact(
+                cache_class.kv_caches,
+                cache_class.base_ptrs,
+                self.block_tables.input_block_tables[cache_class.group],
+                base,
+                self.rejection_sampler.path,
+                num_sampled,
+            )

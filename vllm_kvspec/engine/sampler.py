@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sample-and-walk verification: the target's own token at every tree node, then a walk from the root.
+
+The target token of each row is drawn by vLLM's sampler from the processed logits, with Gumbel noise keyed by the
+request's seed and the row's true position (``gumbel_sample``, vllm/v1/worker/gpu/sample/gumbel.py). A child is accepted
+when it carries that token. Whatever the tree, the emitted tokens are the target's own samples at their positions, so
+the output equals plain decoding, token for token under the same seed. A node is accepted with probability p(children).
+"""
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+from vllm.v1.outputs import LogprobsTensors
+from vllm.v1.worker.gpu.input_batch import InputBatch
+from vllm.v1.worker.gpu.sample.gumbel import gumbel_sample
+from vllm.v1.worker.gpu.sample.output import SamplerOutput
+from vllm.v1.worker.gpu.sample.states import NO_LOGPROBS
+from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
+
+from vllm_kvspec.engine import ops
+from vllm_kvspec.engine.tree_state import TreeState
+
+
+class TreeRejectionSampler(RejectionSampler):
+    """vLLM's RejectionSampler with the acceptance rule replaced; chunking and logprobs are kept.
+
+    After a call, ``path`` int32 [B, N1] holds each request's accepted nodes by depth (identity beyond them).
+    """
+
+    def __init__(self, sampler, spec_config, device: torch.device, state: TreeState):
+        super().__init__(sampler, spec_config, device)
+        self.state = state
+        self.path: torch.Tensor | None = None
+        self._chunk_paths: list[torch.Tensor] = []
+
+    def __call__(
+        self,
+        logits: torch.Tensor,
+        input_batch: InputBatch,
+        draft_logits: torch.Tensor | None = None,
+        invalid_drafts: torch.Tensor | None = None,
+    ) -> SamplerOutput:
+        # vLLM tells placeholder drafts by `position - local_pos < prefill_len`; positions are depths here, so must
+        # local_pos be.
+        batch = replace(input_batch, expanded_local_pos=self.state.local_pos[: logits.shape[0]])
+        self._chunk_paths = []
+        output = super().__call__(logits, batch, None, invalid_drafts)
+        self.path = self._chunk_paths[0] if len(self._chunk_paths) == 1 else torch.cat(self._chunk_paths)
+        return output
+
+    def _verify(
+        self,
+        logits: torch.Tensor,
+        draft_logits: torch.Tensor | None,
+        draft_sampled: torch.Tensor,
+        pos: torch.Tensor,
+        cu_num_logits: torch.Tensor,
+        idx_mapping: torch.Tensor,
+        idx_mapping_np: np.ndarray,
+        expanded_idx_mapping: torch.Tensor,
+        expanded_local_pos: torch.Tensor,
+        seq_lens_upper_bound_np: np.ndarray,
+        verify_draft_sampled: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        processed_logits = self.sampler.apply_sampling_params(
+            logits,
+            expanded_idx_mapping,
+            idx_mapping,
+            idx_mapping_np,
+            pos,
+            draft_sampled,
+            expanded_local_pos,
+            seq_lens_upper_bound_np,
+        )
+        target_tokens = gumbel_sample(
+            processed_logits,
+            expanded_idx_mapping,
+            self.sampler.sampling_states.temperature.gpu,
+            self.sampler.sampling_states.seeds.gpu,
+            pos,
+            apply_temperature=False,
+            is_drafting=False,
+            use_fp64=self.sampler.use_fp64_gumbel,
+        )
+        sampled, num_sampled, path = ops.tree_walk(
+            target_tokens, verify_draft_sampled, self.state.parent, cu_num_logits, idx_mapping
+        )
+        self._chunk_paths.append(path)
+        return processed_logits, sampled, num_sampled
+
+    def _get_logprobs_tensors(
+        self,
+        sampled: torch.Tensor,
+        num_sampled: torch.Tensor,
+        logits: torch.Tensor,
+        cu_num_logits: torch.Tensor,
+        cu_num_logits_np: np.ndarray,
+        max_num_logprobs: int,
+    ) -> LogprobsTensors | None:
+        if max_num_logprobs == NO_LOGPROBS:
+            return None
+        # vLLM pairs logits row i of a request with its sampled token i; on a tree that token came from row path[i].
+        rows = torch.arange(logits.shape[0], device=logits.device, dtype=cu_num_logits.dtype)
+        request = torch.searchsorted(cu_num_logits[1:], rows, right=True)
+        start = cu_num_logits[request]
+        source = start + self._chunk_paths[-1][request, (rows - start).long()]
+        return super()._get_logprobs_tensors(
+            sampled, num_sampled, logits[source.long()], cu_num_logits, cu_num_logits_np, max_num_logprobs
+        )

@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CUDA worker: vLLM's own, with our model runner."""
+
+from vllm.v1.worker.gpu_worker import Worker
+
+from vllm_kvspec.engine import compat
+from vllm_kvspec.engine.backend_registry import register_cuda_backend
+
+
+def install_speculator() -> None:
+    """Target: ``vllm.v1.worker.gpu.model_runner.init_speculator``, a module global.
+
+    Why: the runner builds its speculator through this closed if/else, which raises NotImplementedError for other
+    methods. Process-local: called by kvspec workers only. Upstream: no registry in 0.32. Remove when there is one.
+    """
+    from vllm.v1.worker.gpu import model_runner
+
+    from vllm_kvspec.engine.speculator import KVSpecSpeculator
+
+    model_runner.init_speculator = KVSpecSpeculator
+
+
+def require_v2(vllm_config) -> None:
+    if not vllm_config.use_v2_model_runner:
+        raise ValueError(
+            "kvspec needs vLLM's Model Runner V2; it is off (VLLM_USE_V2_MODEL_RUNNER=0, or Triton is missing). "
+            "Unset the variable, and install triton (on CPU: the interpreter backend, see the README)."
+        )
+
+
+class KVSpecWorker(Worker):
+    """``--worker-cls`` is set to this by the speculative config."""
+
+    def __init__(self, vllm_config, *args, **kwargs):
+        require_v2(vllm_config)
+        register_cuda_backend()
+        super().__init__(vllm_config, *args, **kwargs)
+
+    def _make_model_runner(self):
+        from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+
+        from vllm_kvspec.engine.runner import KVSpecRunnerMixin
+
+        class KVSpecModelRunner(KVSpecRunnerMixin, GPUModelRunner):
+            pass
+
+        compat.require_contract()
+        install_speculator()
+        return KVSpecModelRunner(self.vllm_config, self.device)
