@@ -48,7 +48,7 @@ def path_score(path, b, logits, anchor, factors, noise=None, scale=None):
 def candidate_paths(token, parent):
     paths = []
     for t, p in zip(token.tolist(), parent.tolist(), strict=True):
-        paths.append(((*paths[p], t) if p >= 0 else (t,)))
+        paths.append((*paths[p], t) if p >= 0 else (t,))
     return paths
 
 

@@ -4,7 +4,6 @@
 import json
 import logging
 import random
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -47,9 +46,12 @@ def make_head(arguments: HeadArguments, data: DataArguments, target, tokenizer) 
     return head
 
 
-def train(argv: Sequence[str]) -> Path:
-    """Train a head as ``argv`` says and write it in bfloat16 with ``training.json`` beside it."""
-    parser = HfArgumentParser((HeadArguments, DataArguments, TrainingArguments))
+def train(argv: Sequence[str], **parser_options) -> Path:
+    """Train a head as ``argv`` says and write it in bfloat16 with ``training.json`` beside it.
+
+    ``parser_options`` (prog, epilog) are for the help text. Returns the head's directory.
+    """
+    parser = HfArgumentParser((HeadArguments, DataArguments, TrainingArguments), **parser_options)
     head_args, data_args, args = parser.parse_args_into_dataclasses(list(argv))
     args.remove_unused_columns = False
     torch.manual_seed(args.seed)
@@ -113,6 +115,4 @@ def generate(
         temperatures=temperatures,
         batch_size=batch_size,
     )
-    count = write_rows(rows, output)
-    print(f"Wrote {count} rows to {output}.", file=sys.stderr)
-    return count
+    return write_rows(rows, output)
