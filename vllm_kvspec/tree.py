@@ -113,7 +113,7 @@ def expand_tree(
     depth_logits: [B, G, V], the LM head's output per depth, without bias.
     anchor: [B] int64, the root's token.
     transition_in, transition_out: [V, r] each, the factors of the transition bias.
-    noise: [B, G, V] fp32, temperature times the target's Gumbel noise at positions base+1.., or None.
+    noise: [B, G, V] fp32, temperature times the noise with which the target samples the rows at base + d, or None.
     scale: [B] fp32, the temperature when there is no noise, or None for 1.
     chain: [B] bool, rows that want a chain: all but the greedy path gets score -inf. None for no such row.
 
