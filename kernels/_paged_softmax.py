@@ -160,12 +160,17 @@ def merge_splits(parts: tuple[torch.Tensor, ...], out: torch.Tensor, num_rows: t
     )
 
 
-def tile_config(rows: int, head_dim: int, dtype: torch.dtype) -> dict[str, int]:
-    """BLOCK_M, TILE, num_warps and num_stages for `rows` query rows (times group) that share one KV head."""
-    wide = head_dim > 128 or dtype == torch.float32
-    block_m = min(max(16, triton.next_power_of_2(rows)), 64 if wide else 128)
-    tile = 32 if wide else 64
-    return dict(BLOCK_M=block_m, TILE=tile, num_warps=8 if block_m * head_dim > 64 * 128 else 4, num_stages=2)
+def tile_config(rows: int, q: torch.Tensor, at_least: int = 1) -> dict[str, int]:
+    """BLOCK_M (no less than `at_least`), TILE, num_warps and num_stages for `rows` rows that share one KV head."""
+    head_dim = q.shape[-1]
+    wide = head_dim > 128 or q.dtype == torch.float32
+    ampere = _is_ampere(q.device)
+    # The largest tiles that compile without spills (tests/kernels/test_compile.py).
+    most = (32 if ampere else 64) if wide else 128
+    block_m = max(min(max(16, triton.next_power_of_2(rows)), most), triton.next_power_of_2(at_least))
+    tile = 32 if wide or ampere else 64
+    num_warps = 8 if block_m >= 128 or head_dim > 128 else 4
+    return dict(BLOCK_M=block_m, TILE=tile, num_warps=num_warps, num_stages=3 if head_dim > 128 else 2)
 
 
 def num_splits(programs: int, max_keys: int, device: torch.device) -> int:
@@ -183,12 +188,18 @@ def num_splits(programs: int, max_keys: int, device: torch.device) -> int:
 
 
 @functools.cache
+def _is_ampere(device: torch.device) -> bool:
+    """Compute capability 8: older tensor cores, which keep more of a tile in registers."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] < 9
+
+
+@functools.cache
 def _num_multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def check_heads(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, out: torch.Tensor) -> None:
-    """Raise ValueError unless head counts, head dimensions and unit strides fit the kernels."""
+def check_heads(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, *others: torch.Tensor) -> None:
+    """Raise ValueError unless head counts and dimensions fit and all tensors have stride 1 in the last dimension."""
     num_heads, head_dim = q.shape[-2:]
     num_kv_heads = k_cache.shape[2]
     if k_cache.shape != v_cache.shape or k_cache.shape[3] != head_dim or num_heads % num_kv_heads:
@@ -196,8 +207,9 @@ def check_heads(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, o
             "paged attention needs K and V of one shape [num_blocks, block_size, Hkv, D] with Hq a multiple of Hkv, "
             f"found q {tuple(q.shape)}, K {tuple(k_cache.shape)}, V {tuple(v_cache.shape)}; pass views of that shape."
         )
-    if any(tensor.stride(-1) != 1 for tensor in (q, k_cache, v_cache, out)):
+    last_strides = [tensor.stride(-1) for tensor in (q, k_cache, v_cache, *others)]
+    if any(stride != 1 for stride in last_strides):
         raise ValueError(
             "paged attention needs a contiguous head dimension, found last strides "
-            f"{[tensor.stride(-1) for tensor in (q, k_cache, v_cache, out)]} for q, K, V, out; make it innermost."
+            f"{last_strides} for q, K, V and the other tensors; make that dimension innermost."
         )

@@ -174,13 +174,13 @@ def paged_draft_attention(
     fp8), block_table int32 ``[>=B, M]``, context_lens int32 ``[>=B]``, k_block and v_block ``[B, G, Hkv, D]``. out is
     contiguous in its first two dimensions. Raises ValueError for shapes or strides that do not fit.
     """
-    check_heads(q, k_cache, v_cache, out)
+    check_heads(q, k_cache, v_cache, out, k_block, v_block)
     num_reqs, block_rows, num_heads, head_dim = q.shape
     if num_reqs == 0:
         return out
     block_size, num_kv_heads = k_cache.shape[1:3]
     group = num_heads // num_kv_heads
-    config = tile_config(block_rows * group, head_dim, q.dtype)
+    config = tile_config(block_rows * group, q)
     row_tiles = triton.cdiv(block_rows * group, config["BLOCK_M"])
     splits = num_splits(num_reqs * num_kv_heads * row_tiles, block_table.shape[1] * block_size, q.device)
     parts = new_parts(num_reqs * block_rows, num_heads, splits, head_dim, q.device)

@@ -74,7 +74,7 @@ def _tree_build_kernel(
 
     mask = tl.full([BLOCK_NODES], 1, tl.int64) << node
     ancestor = parent
-    for _ in tl.static_range(ROUNDS):
+    for _ in range(ROUNDS):
         # [BLOCK_NODES, BLOCK_NODES]
         points = ancestor[:, None] == node[None, :]
         mask |= tl.sum(tl.where(points, mask[None, :], 0), 1)
@@ -119,6 +119,6 @@ def tree_build(
             NUM_NODES=num_nodes,
             BLOCK_NODES=triton.next_power_of_2(num_nodes + 1),
             ROUNDS=num_nodes.bit_length(),
-            TILE=64,
+            TILE=32,
         )
     return tokens, tree_parent, depth, mask
