@@ -424,35 +424,47 @@ def gumbel_noise(
     if sampling.numel() == 0:
         return noise
     seed = seeds[idx_mapping[sampling].long()].long()[:, None]
-    h = _murmur_mix(torch.zeros_like(seed), seed & 0xFFFFFFFF)
-    h = _murmur_mix(h, (seed >> 32) & 0xFFFFFFFF)
-    h = _murmur_mix(h, positions[sampling].long() & 0xFFFFFFFF)
-    h = _murmur_mix(h[:, :, None], torch.arange(vocab_size, device=positions.device))
+    # Casting to int32 keeps the low word.
+    h = _murmur_mix(torch.zeros_like(seed, dtype=torch.int32), seed.int())
+    h = _murmur_mix(h, (seed >> 32).int())
+    h = _murmur_mix(h, positions[sampling].int())
+    token = torch.arange(vocab_size, dtype=torch.int32, device=positions.device)
+    h = _murmur_mix(h[:, :, None], token)
     noise[sampling] = _gumbel(_murmur_finish(h ^ 16)) * temp[sampling, None, None]
     return noise
 
 
+def _signed(word: int) -> int:
+    """A 32-bit constant as int32, whose products keep the same low 32 bits."""
+    return word - (1 << 32) if word >> 31 else word
+
+
 def _murmur_mix(h: torch.Tensor, word: torch.Tensor) -> torch.Tensor:
-    """One MurmurHash3 round; 32-bit words held in int64, so a product's low 32 bits survive its overflow."""
-    word = _rotate(word * 0xCC9E2D51 & 0xFFFFFFFF, 15) * 0x1B873593 & 0xFFFFFFFF
-    return _rotate(h ^ word, 13) * 5 + 0xE6546B64 & 0xFFFFFFFF
+    """One MurmurHash3 round on int32 bit patterns; multiplication wraps."""
+    word = _rotate(word * _signed(0xCC9E2D51), 15) * 0x1B873593
+    return _rotate(h ^ word, 13) * 5 + _signed(0xE6546B64)
+
+
+def _shift_right(word: torch.Tensor, bits: int) -> torch.Tensor:
+    """Logical shift of an int32 bit pattern."""
+    return word >> bits & (1 << (32 - bits)) - 1
 
 
 def _rotate(word: torch.Tensor, bits: int) -> torch.Tensor:
-    return (word << bits | word >> (32 - bits)) & 0xFFFFFFFF
+    return word << bits | _shift_right(word, 32 - bits)
 
 
 def _murmur_finish(h: torch.Tensor) -> torch.Tensor:
-    h = (h ^ h >> 16) * 0x85EBCA6B & 0xFFFFFFFF
-    h = (h ^ h >> 13) * 0xC2B2AE35 & 0xFFFFFFFF
-    return h ^ h >> 16
+    h = (h ^ _shift_right(h, 16)) * _signed(0x85EBCA6B)
+    h = (h ^ _shift_right(h, 13)) * _signed(0xC2B2AE35)
+    return h ^ _shift_right(h, 16)
 
 
 def _gumbel(bits: torch.Tensor) -> torch.Tensor:
     """-log(-log(1 - u)) in fp32 for u = (bits + 0.5) / 2**32, precise for small u, where the largest values are."""
-    u = (bits >> 16).float() * 2.0**-16 + ((bits & 0xFFFF).float() + 0.5) * 2.0**-32
-    series = torch.full_like(u, 1.0 / 8.0)
-    for k in range(7, 0, -1):
-        series = 1.0 / k + u * series
-    log1p = torch.where(u < 0.25, -u * series, torch.log((1.0 - u).clamp(min=2.0**-24)))
-    return -torch.log(-log1p)
+    u = _shift_right(bits, 16).float() * 2.0**-16 + ((bits & 0xFFFF).float() + 0.5) * 2.0**-32
+    series = u * (1.0 / 8.0)
+    for k in range(7, 1, -1):
+        series.add_(1.0 / k).mul_(u)
+    log1p = torch.where(u < 0.25, -u * series.add_(1.0), torch.log((1.0 - u).clamp_(min=2.0**-24)))
+    return log1p.neg_().log_().neg_()
