@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention backend for CUDA: vLLM's Triton backend, with tree rows through our kernel.
 
-Cache layout, cache update and CUDA-graph support are inherited. Batches without drafts run the stock kernel. A uniform
-decode graph of N+1 rows a request always holds the tree kernel: whether a row is on a tree is data (``batch_len``).
+Cache layout, cache update and CUDA-graph support are inherited. Batches without drafts, and engines that only propose
+chains, run the stock kernel. A uniform decode graph of N+1 rows a request always holds the tree kernel: whether a row
+is on a tree is data (``batch_len``).
 """
 
 from dataclasses import dataclass, fields
@@ -36,7 +37,8 @@ class TreeAttentionMetadataBuilder(TritonAttentionMetadataBuilder):
         rows = self.tree_state.num_nodes + 1
         uniform = stock.max_query_len == rows and stock.num_actual_tokens == rows * stock.seq_lens.shape[0]
         metadata = TreeAttentionMetadata(**{f.name: getattr(stock, f.name) for f in fields(stock)})
-        metadata.tree_state = self.tree_state if uniform or self.tree_state.has_drafts else None
+        branches = not self.tree_state.only_chains and (uniform or self.tree_state.has_drafts)
+        metadata.tree_state = self.tree_state if branches else None
         return metadata
 
 

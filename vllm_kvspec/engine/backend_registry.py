@@ -10,5 +10,5 @@ def register_cuda_backend() -> None:
 
 
 def register_cpu_backend() -> None:
-    """The CPU platform resolves CPU_ATTN whatever is asked for, so that member is what we override, in our worker only."""
+    """The CPU platform resolves CPU_ATTN whatever is asked for, so that is the member we override, in our worker."""
     register_backend(AttentionBackendEnum.CPU_ATTN, "vllm_kvspec.engine.attention_cpu.CPUTreeAttentionBackend")

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The draft head in vLLM's parallel linears. ``models/draft_head.py`` is the definition; the weights are the same.
 
-It owns no vLLM ``Attention`` layer, so vLLM allocates no KV cache for it: context keys and values are the target's, read
-in place, and the block's own live only within one call.
+It owns no vLLM ``Attention`` layer, so vLLM allocates no KV cache for it: context keys and values are the target's,
+read in place, and the block's own live only within one call.
 """
 
 from collections.abc import Iterable
@@ -53,9 +53,7 @@ class KVSpecAttention(nn.Module):
         self.o_proj = RowParallelLinear(
             config.num_attention_heads * config.head_dim, config.hidden_size, bias=False, prefix=f"{prefix}.o_proj"
         )
-        self.rotary_emb = get_rope(
-            config.head_dim, max_position=max_position, rope_parameters=config.rope_parameters
-        )
+        self.rotary_emb = get_rope(config.head_dim, max_position=max_position, rope_parameters=config.rope_parameters)
         self.q_norm = RMSNorm(config.head_dim, eps=config.rms_norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_dim, eps=config.rms_norm_eps) if config.qk_norm else None
 
@@ -67,7 +65,10 @@ class KVSpecAttention(nn.Module):
         block_table: torch.Tensor,
         context_lens: torch.Tensor,
     ) -> torch.Tensor:
-        """``hidden`` [B*G, H], ``positions`` int64 [B*G], ``block_table`` int32 [>=B, M], ``context_lens`` int32 [B]."""
+        """``hidden`` [B*G, H], ``positions`` int64 [B*G], ``block_table`` int32 [>=B, M], ``context_lens`` int32 [B].
+
+        Returns [B*G, H].
+        """
         qkv, _ = self.qkv_proj(hidden)
         q_size, kv_size = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         q, k, v = qkv.split([q_size, kv_size, kv_size], dim=-1)
@@ -190,8 +191,8 @@ class KVSpecDraftModel(nn.Module):
                     target, shard = name.replace(theirs, ours), shard_id
             if target not in parameters:
                 raise ValueError(
-                    f"The draft head's checkpoint has a tensor {name} that this head ({self.config.context} context) does "
-                    "not have. Use a config.json and model.safetensors from the same training run."
+                    f"The draft head's checkpoint has a tensor {name} that this head ({self.config.context} context) "
+                    "does not have. Use a config.json and model.safetensors from the same training run."
                 )
             parameter = parameters[target]
             loader = getattr(parameter, "weight_loader", default_weight_loader)

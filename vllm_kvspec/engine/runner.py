@@ -19,7 +19,8 @@ def needs_chain(params: SamplingParams | None) -> bool:
     """Whether sampling depends on the linear order of the drafts, so that the request must get a chain.
 
     Penalties, bad words and thinking budgets read the drafts before a row as its prefix; structured outputs validate
-    and mask them as one sequence (vllm_hooks: penalties.py, bad_words.py, thinking_budget.py, structured_outputs.py).
+    and mask them as one sequence (vllm/v1/worker/gpu/sample/{penalties,bad_words,thinking_budget}.py and
+    vllm/v1/worker/gpu/structured_outputs.py).
     """
     if params is None:
         return False
@@ -29,9 +30,7 @@ def needs_chain(params: SamplingParams | None) -> bool:
         or params.frequency_penalty != 0.0
         or params.presence_penalty != 0.0
         or params.bad_words
-        or getattr(params, "thinking_token_budget", None) is not None
-        or getattr(params, "repetition_detection", None) is not None
-        or params.extra_args
+        or params.thinking_token_budget is not None
     )
 
 
@@ -42,7 +41,8 @@ class KVSpecRunnerMixin:
         super().load_model(*args, **kwargs)
         self.tree_state = self.speculator.state
         # Custom processors see the drafts in linear order, for every request.
-        self.always_chain = bool(self.model_config.logits_processors) or self.speculative_config.tree == "chain"
+        only_chains = bool(self.model_config.logits_processors) or self.speculative_config.tree == "chain"
+        self.tree_state.only_chains = only_chains
         self.rejection_sampler = TreeRejectionSampler(
             self.sampler, self.speculative_config, self.device, self.tree_state
         )
@@ -64,7 +64,7 @@ class KVSpecRunnerMixin:
         new = scheduler_output.scheduled_new_reqs
         if new:
             rows = [self.req_states.req_id_to_index[request.req_id] for request in new]
-            chain = [self.always_chain or needs_chain(request.sampling_params) for request in new]
+            chain = [self.tree_state.only_chains or needs_chain(request.sampling_params) for request in new]
             self.tree_state.add_requests(rows, chain)
 
     def prepare_attn(self, input_batch: InputBatch):
@@ -102,7 +102,7 @@ class KVSpecRunnerMixin:
 
     def _compact_kv(self, input_batch: InputBatch, num_sampled: torch.Tensor) -> None:
         """Move accepted rows to the slots of their true positions, in every target layer."""
-        if self.always_chain:
+        if self.tree_state.only_chains:
             return
         root_rows = input_batch.logits_indices[input_batch.cu_num_logits[:-1].long()]
         base = input_batch.positions[root_rows]

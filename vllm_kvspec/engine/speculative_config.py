@@ -70,8 +70,8 @@ class KVSpecConfig(SpeculativeConfig):
         tp = self.target_parallel_config.tensor_parallel_size
         if self.draft_tensor_parallel_size not in (None, tp):
             raise ValueError(
-                f"kvspec shards the head as the target's KV heads are sharded: draft_tensor_parallel_size must be {tp}; "
-                f"found {self.draft_tensor_parallel_size}. Leave the key out."
+                f"kvspec shards the head as the target's KV heads are sharded: draft_tensor_parallel_size must be {tp}"
+                f"; found {self.draft_tensor_parallel_size}. Leave the key out."
             )
         self.draft_tensor_parallel_size = tp
         self.draft_parallel_config = self.create_draft_parallel_config(
@@ -94,8 +94,8 @@ class KVSpecConfig(SpeculativeConfig):
         for key, set_by_user in refusals.items():
             if set_by_user:
                 raise ValueError(
-                    f"kvspec does not support {key!r} in the speculative config; found {getattr(self, key)!r}. Verification "
-                    "samples the target's own token at every tree node and accepts equal tokens only, with no draft "
+                    f"kvspec does not support {key!r} in the speculative config; found {getattr(self, key)!r}. "
+                    "Verification samples the target's own token at every tree node and accepts equal tokens only, with no draft "
                     "probabilities. Leave the key out."
                 )
         if self.tree_width < 1:
@@ -111,8 +111,8 @@ class KVSpecConfig(SpeculativeConfig):
             nodes = len(parents) if parents else DEFAULT_NODES_PER_POSITION * head.draft_block_size
         if not 1 <= nodes <= MAX_NODES:
             raise ValueError(
-                f"kvspec's num_speculative_tokens is the number of tree nodes without the root and must be 1 to {MAX_NODES} "
-                f"(an ancestor mask is one 64-bit integer); found {nodes}."
+                "kvspec's num_speculative_tokens is the number of tree nodes without the root and must be 1 to "
+                f"{MAX_NODES} (an ancestor mask is one 64-bit integer); found {nodes}."
             )
         if parents and len(parents) != nodes:
             raise ValueError(
@@ -128,8 +128,9 @@ class KVSpecConfig(SpeculativeConfig):
         available = num_candidates(head.draft_block_size, TREE_BEAM, self.tree_width)
         if self.tree == "auto" and nodes > available:
             raise ValueError(
-                f"kvspec's num_speculative_tokens {nodes} is more than the {available} candidates of a head of block size "
-                f"{head.draft_block_size} with tree_width {self.tree_width}. Raise tree_width or lower num_speculative_tokens."
+                f"kvspec's num_speculative_tokens {nodes} is more than the {available} candidates of a head of block "
+                f"size {head.draft_block_size} with tree_width {self.tree_width}. Raise tree_width or lower "
+                "num_speculative_tokens."
             )
         self.num_speculative_tokens = nodes
 
@@ -155,8 +156,8 @@ class KVSpecConfig(SpeculativeConfig):
 
     def __repr__(self) -> str:
         return (
-            f"KVSpecConfig(model={self.model!r}, num_speculative_tokens={self.num_speculative_tokens}, tree={self.tree!r}, "
-            f"draft_noise={self.draft_noise!r}, drafter={self.drafter!r})"
+            f"KVSpecConfig(model={self.model!r}, num_speculative_tokens={self.num_speculative_tokens}, "
+            f"tree={self.tree!r}, draft_noise={self.draft_noise!r}, drafter={self.drafter!r})"
         )
 
 
@@ -169,7 +170,8 @@ def load_head_config(model: str | None, revision: str | None) -> KVSpecDraftConf
         head = AutoConfig.from_pretrained(model, revision=revision)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
-            f"kvspec's model must be a draft head's directory or repository; {model!r} could not be read as one: {error}"
+            f"kvspec's model must be a draft head's directory or repository; {model!r} could not be read as one: "
+            f"{error}"
         ) from error
     if not isinstance(head, KVSpecDraftConfig):
         raise ValueError(
@@ -189,7 +191,9 @@ def check_safetensors(path: Path) -> None:
         with safe_open(path, framework="pt"):
             pass
     except SafetensorError as error:
-        raise ValueError(f"The draft head's weights {path} are damaged or cut short ({error}). Copy the file again.") from error
+        raise ValueError(
+            f"The draft head's weights {path} are damaged or cut short ({error}). Copy the file again."
+        ) from error
 
 
 def check_head_fits(head: KVSpecDraftConfig, target: ModelConfig) -> None:
@@ -249,7 +253,9 @@ def refuse_engine_options(engine_args: Any, model: ModelConfig, parallel: Parall
     ]
     for flag, value, set_by_user in options:
         if set_by_user:
-            raise ValueError(f"kvspec does not support {flag}; found {value}. Leave the flag out, or serve without kvspec.")
+            raise ValueError(
+                f"kvspec does not support {flag}; found {value}. Leave the flag out, or serve without kvspec."
+            )
 
 
 def select_attention_backend(engine_args: Any) -> None:
@@ -262,7 +268,8 @@ def select_attention_backend(engine_args: Any) -> None:
     name = getattr(asked, "name", asked)
     if name is not None and str(name).upper() not in ("AUTO", "CUSTOM"):
         raise ValueError(
-            f"kvspec verifies trees with its own attention backend; found --attention-backend {name}. Leave the flag out."
+            f"kvspec verifies trees with its own attention backend; found --attention-backend {name}. "
+            "Leave the flag out."
         )
     register_cuda_backend()
     if engine_args.attention_config.backend is None:
@@ -298,7 +305,8 @@ def create_kvspec_config(
     target_parallel_config.worker_cls = CPU_WORKER if current_platform.is_cpu() else CUDA_WORKER
     head = kvspec.draft_model_config.hf_config
     logger.info(
-        "kvspec %s: target=%s head=%s context=%s target_kv_layers=%s block=%d tree=%s nodes=%d draft_noise=%s drafter=%s",
+        "kvspec %s: target=%s head=%s context=%s target_kv_layers=%s block=%d tree=%s nodes=%d draft_noise=%s "
+        "drafter=%s",
         __version__,
         target_model_config.model,
         kvspec.model,

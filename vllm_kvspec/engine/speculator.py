@@ -55,8 +55,8 @@ class KVSpecSpeculator(DraftModelSpeculator):
         wanted = self.model.config.target_kv_layer_ids
         if missing := [i for i in wanted if i not in names]:
             raise ValueError(
-                f"The kvspec head reads the KV of target layers {wanted}, but layers {missing} have no KV cache of their "
-                f"own here; layers that do: {sorted(names)}. Use a head trained for this target."
+                f"The kvspec head reads the KV of target layers {wanted}, but layers {missing} have no KV cache of "
+                f"their own here; layers that do: {sorted(names)}. Use a head trained for this target."
             )
         self.target_layers = [paged_layer(*names[i], static_forward_context) for i in wanted]
 

@@ -37,6 +37,8 @@ class TreeState:
         self.batch_len = torch.zeros(max_num_reqs, dtype=torch.int32, device=device)
         self.local_pos = torch.zeros(max_num_reqs * num_rows, dtype=torch.int32, device=device)
         self.chain = UvaBackedTensor(max_num_reqs, dtype=torch.int32)
+        # Host-side: no request ever gets branches, so plain causal attention and the slots as they are serve.
+        self.only_chains = False
         # Host-side: does this step verify drafts? Decides which attention kernel runs outside full CUDA graphs.
         self.has_drafts = False
 

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fixtures of the engine tests: one plain reference for all of them, and kvspec engines in this process."""
+
+import contextlib
+import gc
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+
+import engine_runner  # noqa: E402
+import requests_mix  # noqa: E402
+
+
+def run_script(job: dict, directory: Path, *, multiprocessing: bool = False) -> dict:
+    """``engine_runner.py`` in a process of its own; fails with the end of its output."""
+    (directory / "job.json").write_text(json.dumps(job))
+    done = subprocess.run(
+        [sys.executable, str(HERE / "engine_runner.py"), "job.json", "out.json"],
+        cwd=directory,
+        env={
+            **os.environ,
+            "PYTHONPATH": str(HERE),
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "1" if multiprocessing else "0",
+        },
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    return json.loads((directory / "out.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def reference(tmp_path_factory) -> list:
+    """What plain vLLM answers to ``requests_mix.batches()``."""
+    job = {"engine": {"worker_cls": engine_runner.PLAIN_WORKER}, "batches": requests_mix.batches()}
+    return run_script(job, tmp_path_factory.mktemp("plain"))["outputs"]
+
+
+@pytest.fixture(scope="session")
+def oracle_file(reference, tmp_path_factory) -> str:
+    """Every prompt with its reference continuations, for the oracle drafter."""
+    sequences = [
+        request["prompt"] + sample["token_ids"]
+        for batch, outputs in zip(requests_mix.batches(), reference, strict=True)
+        for request, samples in zip(batch, outputs, strict=True)
+        for sample in samples
+    ]
+    path = tmp_path_factory.mktemp("oracle") / "sequences.json"
+    path.write_text(json.dumps(sequences))
+    return str(path)
+
+
+@contextlib.contextmanager
+def engine(speculative_config: dict | None, **arguments):
+    """An in-process engine, torn down afterwards so that the next one starts clean."""
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    llm = engine_runner.make_llm({"speculative_config": speculative_config, **arguments})
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        cleanup_dist_env_and_memory()
+        gc.collect()
+
+
+@pytest.fixture
+def make_engine():
+    return engine
+
+
+def kvspec(num_speculative_tokens: int = 16, **keys) -> dict:
+    return {
+        "method": "kvspec",
+        "model": engine_runner.HEAD,
+        "num_speculative_tokens": num_speculative_tokens,
+        **keys,
+    }
+
+
+@pytest.fixture
+def spec():
+    return kvspec
+
+
+def assert_same(found: list, expected: list, label: str = "") -> None:
+    """Token ids and texts equal; log-probabilities of the same tokens within fp32 noise of another attention kernel."""
+    for b, (batch, want_batch) in enumerate(zip(found, expected, strict=True)):
+        for r, (samples, want_samples) in enumerate(zip(batch, want_batch, strict=True)):
+            for s, (sample, want) in enumerate(zip(samples, want_samples, strict=True)):
+                where = f"{label} batch {b} request {r} sample {s}"
+                assert sample["token_ids"] == want["token_ids"], where
+                assert sample["text"] == want["text"], where
+                assert_same_logprobs(sample["logprobs"], want["logprobs"], where)
+
+
+def assert_same_logprobs(found: list | None, expected: list | None, where: str) -> None:
+    assert (found is None) == (expected is None), where
+    for step, (have, want) in enumerate(zip(found or [], expected or [], strict=True)):
+        shared = have.keys() & want.keys()
+        # The last of the top k may tie; the sampled token and the rest must be listed by both.
+        assert len(shared) >= len(want) - 1, f"{where} step {step}"
+        for token in shared:
+            assert abs(have[token] - want[token]) < 2e-3, f"{where} step {step} token {token}"
+
+
+@pytest.fixture
+def same():
+    return assert_same
+
+
+@pytest.fixture
+def script(tmp_path):
+    return lambda job, **kwargs: run_script(job, tmp_path, **kwargs)

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Run requests on a real vLLM engine and return what came out, as plain data. Importable, and a script:
+
+    python tests/engine/engine_runner.py job.json out.json
+
+A job is ``{"engine": {LLM arguments}, "batches": [[request, ...], ...], "async_scheduling": bool}``; a request is
+``{"prompt": [token ids], "params": {SamplingParams}}``. The plain reference always runs as a script: in a process of
+its own nothing of kvspec's worker can have touched it.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+# One thread and no core binding: the model is tiny, and spinning threads on a busy machine cost more than they give.
+os.environ.update(
+    VLLM_NO_USAGE_STATS="1",
+    VLLM_CPU_OMP_THREADS_BIND="nobind",
+    HF_HUB_OFFLINE="1",
+    OMP_NUM_THREADS="1",
+    VLLM_LOGGING_LEVEL=os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
+)
+
+ROOT = Path(__file__).parents[2]
+TARGET = str(ROOT / "examples/tiny/target")
+HEAD = str(ROOT / "examples/tiny/draft")
+PLAIN_WORKER = "plain_worker.PlainCPUWorker"
+ENGINE_DEFAULTS = {
+    "model": TARGET,
+    "dtype": "float32",
+    "enforce_eager": True,
+    "max_model_len": 256,
+    "max_num_seqs": 8,
+    "kv_cache_memory_bytes": 64 << 20,
+    "block_size": 16,
+    "disable_log_stats": False,
+    "enable_prefix_caching": True,
+    "async_scheduling": False,
+}
+
+
+def make_llm(engine: dict[str, Any]):
+    from vllm import LLM
+
+    return LLM(**{**ENGINE_DEFAULTS, **engine})
+
+
+def sampling_params(params: dict[str, Any]):
+    from vllm import SamplingParams
+    from vllm.sampling_params import StructuredOutputsParams
+
+    params = dict(params)
+    if regex := params.pop("regex", None):
+        params["structured_outputs"] = StructuredOutputsParams(regex=regex)
+    return SamplingParams(**params)
+
+
+def generate(llm, batches: list[list[dict]]) -> list[list[list[dict]]]:
+    """Outputs by batch, request and sample: token ids, text, and log-probabilities of the listed tokens."""
+    return [
+        [
+            [_sample(sample) for sample in output.outputs]
+            for output in llm.generate(
+                [{"prompt_token_ids": request["prompt"]} for request in batch],
+                [sampling_params(request["params"]) for request in batch],
+                use_tqdm=False,
+            )
+        ]
+        for batch in batches
+    ]
+
+
+def _sample(sample) -> dict[str, Any]:
+    logprobs = None
+    if sample.logprobs is not None:
+        logprobs = [{str(token): entry.logprob for token, entry in step.items()} for step in sample.logprobs]
+    return {"token_ids": list(sample.token_ids), "text": sample.text, "logprobs": logprobs}
+
+
+def spec_counters(llm) -> dict[str, float]:
+    """vLLM's own speculative decoding counters, summed over engines."""
+    found = {}
+    for metric in llm.get_metrics():
+        if metric.name.startswith("vllm:spec_decode_num_") and hasattr(metric, "value"):
+            found[metric.name.removeprefix("vllm:spec_decode_num_")] = metric.value
+    return found
+
+
+def force_async_scheduling() -> None:
+    """vLLM turns it off on CPU; the scheduler itself works there. Must be called before the engine is configured."""
+    from vllm.platforms import current_platform
+
+    platform = type(current_platform)
+    original = platform.check_and_update_config.__func__
+
+    def check_and_update_config(cls, vllm_config):
+        original(cls, vllm_config)
+        vllm_config.scheduler_config.async_scheduling = True
+
+    platform.check_and_update_config = classmethod(check_and_update_config)
+
+
+def main() -> None:
+    job = json.loads(Path(sys.argv[1]).read_text())
+    if job.get("async_scheduling"):
+        force_async_scheduling()
+        job["engine"]["async_scheduling"] = True
+    llm = make_llm(job["engine"])
+    result = {"outputs": generate(llm, job["batches"])}
+    if job["engine"].get("speculative_config"):
+        result["counters"] = spec_counters(llm)
+        config = llm.llm_engine.vllm_config
+        result["async_scheduling"] = config.scheduler_config.async_scheduling
+    Path(sys.argv[2]).write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The requests every identity test sends: lengths from 1 token to the edge of the context, and every sampling feature
+that meets speculation. Prompts are real text, from this repository's own sources and README."""
+
+from functools import cache
+
+from engine_runner import ROOT, TARGET
+
+MAX_MODEL_LEN = 256
+BLOCK = 16
+
+
+@cache
+def text_tokens() -> list[int]:
+    from transformers import AutoTokenizer
+
+    files = ["kernels/reference.py", "vllm_kvspec/tree.py", "examples/tiny/corpus.py", "setup.py"]
+    text = "\n".join((ROOT / name).read_text() for name in files)
+    return AutoTokenizer.from_pretrained(TARGET)(text)["input_ids"]
+
+
+def prompt(length: int, offset: int) -> list[int]:
+    return text_tokens()[offset : offset + length]
+
+
+def request(length: int, offset: int, **params) -> dict:
+    return {"prompt": prompt(length, offset), "params": {"max_tokens": 32, "ignore_eos": True, **params}}
+
+
+def greedy_batch() -> list[dict]:
+    lengths = (1, 2, 5, 17, 33, 64, 100, 133)
+    return [request(n, 211 * i, temperature=0.0, logprobs=3) for i, n in enumerate(lengths)]
+
+
+def sampled_batch() -> list[dict]:
+    shapes = [
+        (1, {}),
+        (7, {"top_p": 0.95, "top_k": 50}),
+        (20, {"top_k": 200}),
+        (48, {"top_p": 0.9, "temperature": 0.7}),
+        (90, {"logprobs": 3}),
+        (131, {"top_p": 0.95, "top_k": 50, "logprobs": 3}),
+    ]
+    return [
+        request(n, 97 * i + 40, **{"temperature": 1.0, "seed": 100 + i, **extra}) for i, (n, extra) in enumerate(shapes)
+    ]
+
+
+def mixed_batch() -> list[dict]:
+    """Requests that need a chain beside requests that get trees."""
+    return [
+        request(40, 10, temperature=0.0),
+        request(30, 300, temperature=1.0, seed=1, repetition_penalty=1.3, presence_penalty=0.5),
+        request(25, 500, temperature=0.0, regex=r"(yes|no|maybe)( and (yes|no|maybe)){4}", ignore_eos=False),
+        request(35, 700, temperature=0.0, bad_words=["self", "return"]),
+        request(35, 700, temperature=1.0, seed=5, n=2),
+        request(20, 900, temperature=0.0, stop=["\n\n", "def "], ignore_eos=False),
+        request(60, 1100, temperature=0.8, seed=9, min_tokens=20, ignore_eos=False),
+        request(50, 1300, temperature=1.0, seed=3, frequency_penalty=0.7, prompt_logprobs=2),
+    ]
+
+
+def edge_batch() -> list[dict]:
+    """Up to the last position of the context, and prompts of exactly k blocks (twice: the second time all cached)."""
+    return [
+        request(MAX_MODEL_LEN - 6, 0, temperature=0.0, max_tokens=64),
+        request(MAX_MODEL_LEN - 18, 50, temperature=1.0, seed=2, max_tokens=64),
+        request(4 * BLOCK, 400, temperature=0.0),
+        request(4 * BLOCK + 1, 600, temperature=0.0),
+        request(2 * BLOCK + 1, 800, temperature=1.0, seed=4),
+    ]
+
+
+def batches() -> list[list[dict]]:
+    return [greedy_batch(), sampled_batch(), mixed_batch(), edge_batch(), edge_batch()]

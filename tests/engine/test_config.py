@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The speculative config: every door it comes in by, its defaults, and one clear sentence for everything refused."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from engine_runner import HEAD, TARGET
+from vllm.config import SpeculativeConfig
+from vllm.engine.arg_utils import EngineArgs
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+from vllm_kvspec.engine.speculative_config import CPU_WORKER, KVSpecConfig
+from vllm_kvspec.models.create import write_untrained_head
+
+
+def configure(spec: dict | None, **arguments):
+    return EngineArgs(
+        model=TARGET, dtype="float32", max_model_len=256, speculative_config=spec, **arguments
+    ).create_engine_config()
+
+
+def kvspec(**keys) -> dict:
+    return {"method": "kvspec", "model": HEAD, **keys}
+
+
+def refusal(spec: dict, **arguments) -> str:
+    with pytest.raises(ValueError) as error:
+        configure(spec, **arguments)
+    return str(error.value)
+
+
+def test_defaults():
+    config = configure(kvspec()).speculative_config
+    assert isinstance(config, KVSpecConfig)
+    assert (config.tree, config.draft_noise, config.drafter, config.tree_width) == ("auto", "coupled", "head", 4)
+    assert config.num_speculative_tokens == 2 * config.draft_model_config.hf_config.draft_block_size
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["--speculative-config", json.dumps(kvspec(num_speculative_tokens=7))],
+        ["-sc", json.dumps(kvspec(num_speculative_tokens=7))],
+        ["--spec-method", "kvspec", "--spec-model", HEAD, "--spec-tokens", "7"],
+        [
+            "--speculative-config.method",
+            "kvspec",
+            "--speculative-config.model",
+            HEAD,
+            "--speculative-config.num-speculative-tokens",
+            "7",
+        ],
+    ],
+    ids=["json", "alias", "short-flags", "dotted"],
+)
+def test_flags(command):
+    parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
+    arguments = parser.parse_args(["--model", TARGET, "--dtype", "float32", "--max-model-len", "256", *command])
+    config = EngineArgs.from_cli_args(arguments).create_engine_config()
+    assert config.speculative_config.method == "kvspec"
+    assert config.speculative_config.num_speculative_tokens == 7
+    assert config.parallel_config.worker_cls == CPU_WORKER
+
+
+@pytest.mark.parametrize(
+    ("tree", "parents"),
+    [([2, 1], [0, 0, 1, 2]), ([0, 0, 1], [0, 0, 1]), ("chain", None), ("auto", None)],
+)
+def test_tree_shapes(tree, parents):
+    config = configure(kvspec(tree=tree, num_speculative_tokens=len(parents) if parents else 4)).speculative_config
+    assert config.parents == parents
+
+
+def test_repr_is_one_line():
+    text = repr(configure(kvspec(num_speculative_tokens=5)).speculative_config)
+    assert "num_speculative_tokens=5" in text
+    assert len(text) < 300
+
+
+@pytest.mark.parametrize(
+    ("keys", "parts"),
+    [
+        ({"num_speculative_tokens": 64}, ["1 to 63", "found 64"]),
+        ({"num_speculative_tokens": 0}, ["num_speculative_tokens", "greater than 0"]),
+        ({"kvspec_tree": 1}, ["kvspec_tree", "Unexpected keyword"]),
+        ({"tree": "bushy"}, ["tree must be", "bushy"]),
+        ({"tree": [0, 2]}, ["parent of node 2", "got 2"]),
+        ({"tree": [2, 2], "num_speculative_tokens": 5}, ["has 6 nodes", "num_speculative_tokens is 5"]),
+        ({"tree": "chain", "num_speculative_tokens": 30}, ["30 deep", "head"]),
+        ({"tree_width": 0}, ["tree_width", "found 0"]),
+        ({"tree_width": 1, "num_speculative_tokens": 40}, ["more than the", "tree_width"]),
+        ({"draft_noise": "loud"}, ["draft_noise", "coupled"]),
+        ({"drafter": "oracle"}, ["oracle_file"]),
+        ({"rejection_sample_method": "block"}, ["rejection_sample_method", "'block'"]),
+        ({"draft_sample_method": "probabilistic"}, ["draft_sample_method", "probabilistic"]),
+        ({"draft_tensor_parallel_size": 3}, ["draft_tensor_parallel_size must be 1", "found 3"]),
+        ({"model": "/no/such/head"}, ["draft head", "/no/such/head"]),
+        ({"model": None}, ["needs a draft head", "found none"]),
+        ({"model": TARGET}, ["must be a draft head", "qwen3"]),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_refused_keys(keys, parts):
+    message = refusal(kvspec(**keys))
+    for part in parts:
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        ({"pipeline_parallel_size": 2}, "--pipeline-parallel-size; found 2"),
+        ({"decode_context_parallel_size": 2, "tensor_parallel_size": 2}, "--decode-context-parallel-size; found 2"),
+        ({"kv_cache_dtype": "int8_per_token_head"}, "--kv-cache-dtype; found int8_per_token_head"),
+        ({"worker_cls": "some.other.Worker"}, "--worker-cls; found some.other.Worker"),
+    ],
+)
+def test_refused_engine_options(arguments, part):
+    assert part in refusal(kvspec(), **arguments)
+
+
+def test_exclusive_flags():
+    with pytest.raises(ValueError, match="mutually exclusive"):
+        configure(kvspec(num_speculative_tokens=3), spec_tokens=4)
+
+
+def test_head_of_another_target(tmp_path):
+    """Same architecture, another geometry: both sides are named."""
+    other = tmp_path / "other"
+    shutil.copytree(TARGET, other)
+    config = json.loads((other / "config.json").read_text())
+    config["num_key_value_heads"] = 1
+    (other / "config.json").write_text(json.dumps(config))
+    head = write_untrained_head(str(other), str(tmp_path / "head"))
+    message = refusal(kvspec(model=str(head)))
+    assert "num_key_value_heads 1" in message
+    assert "num_key_value_heads 2" in message
+    assert TARGET in message
+
+
+def copy_head(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(HEAD, tmp_path / "head"))
+
+
+def test_truncated_weights(tmp_path):
+    head = copy_head(tmp_path)
+    weights = head / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+    message = refusal(kvspec(model=str(head)))
+    assert "damaged or cut short" in message
+    assert str(weights) in message
+
+
+def test_missing_weights(tmp_path):
+    head = copy_head(tmp_path)
+    (head / "model.safetensors").unlink()
+    assert "no *.safetensors file" in refusal(kvspec(model=str(head)))
+
+
+def test_plain_vllm_is_untouched():
+    """Another method gets vLLM's own config class, worker and errors, with our plugin loaded."""
+    plain = configure(None)
+    assert plain.speculative_config is None
+    assert "kvspec" not in plain.parallel_config.worker_cls
+    ngram = configure({"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2})
+    assert type(ngram.speculative_config) is SpeculativeConfig
+    assert "kvspec" not in ngram.parallel_config.worker_cls
+    assert "Input should be 'ngram'" in refusal({"method": "no-such-method", "num_speculative_tokens": 3})
+
+
+def test_config_survives_pickling():
+    """It travels to the engine core and the workers."""
+    import pickle
+
+    config = configure(kvspec(tree=[2, 1])).speculative_config
+    copy = pickle.loads(pickle.dumps(config))
+    assert type(copy) is KVSpecConfig
+    assert copy.parents == [0, 0, 1, 2]
+    assert {f.name for f in dataclasses.fields(copy)} >= {"tree", "drafter", "num_speculative_tokens"}

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Output with kvspec equals plain decoding's: token ids, text and log-probabilities, on the real engine.
+
+Each test starts an engine in this process and sends the same requests that the plain reference answered. What an engine
+option changes (scheduling, cache pressure, tree shape) must not show in the output.
+"""
+
+import pytest
+import requests_mix
+from engine_runner import generate, spec_counters
+
+BATCHES = requests_mix.batches
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        pytest.param({}, id="head-tree"),
+        pytest.param({"draft_noise": "none", "num_speculative_tokens": 32, "tree_width": 6}, id="head-uncoupled-N32"),
+        pytest.param({"tree": "chain", "num_speculative_tokens": 6}, id="head-chain"),
+        pytest.param({"tree": [3, 2, 1], "num_speculative_tokens": 15}, id="head-fixed-widths"),
+        pytest.param({"drafter": "random", "num_speculative_tokens": 12}, id="random-trees"),
+    ],
+)
+def test_every_feature(reference, make_engine, spec, same, keys):
+    with make_engine(spec(**keys)) as llm:
+        found = generate(llm, BATCHES())
+        counters = spec_counters(llm)
+    same(found, reference)
+    assert counters["drafts"] > 0
+    # Otherwise nothing but the root was ever verified.
+    assert counters["accepted_tokens"] > 0
+
+
+def test_oracle_trees(reference, oracle_file, make_engine, spec, same):
+    """Right tokens on side branches: long, non-trivial accepted paths."""
+    keys = {"drafter": "oracle", "oracle_file": oracle_file, "num_speculative_tokens": 14}
+    with make_engine(spec(**keys)) as llm:
+        found = generate(llm, BATCHES())
+        counters = spec_counters(llm)
+    same(found, reference)
+    assert counters["accepted_tokens"] / counters["drafts"] > 1.0
+
+
+@pytest.mark.parametrize("drafter", ["head", "oracle"])
+def test_chunked_prefill(reference, oracle_file, make_engine, spec, same, drafter):
+    """A budget smaller than most prompts: prompt tails, decode rows and trimmed trees share steps."""
+    keys = {"drafter": drafter, "oracle_file": oracle_file if drafter == "oracle" else None}
+    with make_engine(spec(8, **keys), max_num_batched_tokens=48, max_num_seqs=5, enable_chunked_prefill=True) as llm:
+        same(generate(llm, BATCHES()), reference)
+
+
+@pytest.mark.parametrize("drafter", ["head", "oracle"])
+def test_preemption(reference, oracle_file, make_engine, spec, same, drafter):
+    """22 blocks of 16 for up to 8 requests: some are dropped and prefilled again."""
+    keys = {"drafter": drafter, "oracle_file": oracle_file if drafter == "oracle" else None}
+    with make_engine(spec(8, **keys), num_gpu_blocks_override=22) as llm:
+        found = generate(llm, BATCHES())
+        preemptions = sum(m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions")
+    same(found, reference)
+    assert preemptions > 0
+
+
+def test_dynamic_number_of_nodes(reference, make_engine, spec, same):
+    """vLLM's own schedule: 8 nodes for up to 3 requests, the first 5 of them for more."""
+    keys = {"num_speculative_tokens_per_batch_size": [(1, 3, 8), (4, 8, 5)]}
+    with make_engine(spec(8, **keys)) as llm:
+        same(generate(llm, BATCHES()), reference)
+
+
+def test_prefix_cache_second_turn(make_engine, spec, script, same, reference):
+    """The second turn's prompt ends in blocks that tree decoding wrote."""
+    first = requests_mix.greedy_batch()
+    turns = [
+        {
+            "prompt": request["prompt"] + outputs[0]["token_ids"] + requests_mix.prompt(5, 1700),
+            "params": request["params"],
+        }
+        for request, outputs in zip(first, reference[0], strict=True)
+    ]
+    expected = script({"engine": {"worker_cls": "plain_worker.PlainCPUWorker"}, "batches": [turns]})["outputs"]
+    with make_engine(spec()) as llm:
+        same(generate(llm, [first]), reference[:1])
+        before = _prefix_hits(llm)
+        found = generate(llm, [turns])
+        hits = _prefix_hits(llm) - before
+    same(found, expected)
+    assert hits > 0
+
+
+def _prefix_hits(llm) -> int:
+    return sum(m.value for m in llm.get_metrics() if m.name == "vllm:prefix_cache_hits")
+
+
+def test_abort_in_the_middle(reference, make_engine, spec):
+    """Aborting one request leaves the others' text alone, and its row to a newcomer."""
+    from engine_runner import sampling_params
+
+    batch = requests_mix.greedy_batch()
+    with make_engine(spec()) as llm:
+        engine = llm.llm_engine
+        for i, request in enumerate(batch):
+            engine.add_request(str(i), {"prompt_token_ids": request["prompt"]}, sampling_params(request["params"]))
+        for _ in range(4):
+            engine.step()
+        engine.abort_request(["3"])
+        newcomer = batch[3]
+        engine.add_request("new", {"prompt_token_ids": newcomer["prompt"]}, sampling_params(newcomer["params"]))
+        done = {}
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                if output.finished:
+                    done[output.request_id.split("-")[0]] = list(output.outputs[0].token_ids)
+    expected = {str(i): samples[0]["token_ids"] for i, samples in enumerate(reference[0]) if i != 3}
+    expected["new"] = reference[0][3][0]["token_ids"]
+    assert {k: v for k, v in done.items() if k in expected} == expected
+
+
+def test_async_scheduling(reference, oracle_file, spec, script, same):
+    """The scheduler runs a step ahead; drafts never leave the device."""
+    keys = {"drafter": "oracle", "oracle_file": oracle_file}
+    job = {"engine": {"speculative_config": spec(8, **keys)}, "batches": BATCHES(), "async_scheduling": True}
+    result = script(job, multiprocessing=True)
+    assert result["async_scheduling"] is True
+    same(result["outputs"], reference)
+
+
+def test_tensor_parallel(reference, spec, script, same):
+    """Two ranks over gloo, each with half of the heads and of the KV."""
+    job = {
+        "engine": {"speculative_config": spec(12), "tensor_parallel_size": 2, "kv_cache_memory_bytes": 32 << 20},
+        "batches": BATCHES(),
+    }
+    result = script(job, multiprocessing=True)
+    same(result["outputs"], reference)
+    assert result["counters"]["accepted_tokens"] > 0
