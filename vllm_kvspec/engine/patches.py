@@ -16,8 +16,8 @@ def _wrap_create_speculative_config(build: Callable[..., Any]) -> None:
     """Target: ``EngineArgs.create_speculative_config`` (vllm/engine/arg_utils.py).
 
     Why: ``SpeculativeConfig.method`` is a closed Literal and the dataclass forbids extra keys; this function is the
-    only place that builds it from the user's flags. Upstream: no registry of speculative methods in 0.32. Remove when vLLM
-    lets a plugin register a speculative method.
+    only place that builds it from the user's flags. Upstream: no registry of speculative methods in 0.32. Remove when
+    vLLM lets a plugin register one.
     """
     from vllm.engine.arg_utils import EngineArgs
 

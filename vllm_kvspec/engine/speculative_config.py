@@ -95,8 +95,8 @@ class KVSpecConfig(SpeculativeConfig):
             if set_by_user:
                 raise ValueError(
                     f"kvspec does not support {key!r} in the speculative config; found {getattr(self, key)!r}. "
-                    "Verification samples the target's own token at every tree node and accepts equal tokens only, with no draft "
-                    "probabilities. Leave the key out."
+                    "Verification samples the target's own token at every tree node and accepts equal tokens only, "
+                    "with no draft probabilities. Leave the key out."
                 )
         if self.tree_width < 1:
             raise ValueError(f"kvspec's tree_width must be at least 1; found {self.tree_width}.")
