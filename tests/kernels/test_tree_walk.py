@@ -17,7 +17,8 @@ def _batches(draw):
     states = len(counts) + 2
     parents = [[0, *(draw(st.integers(0, t - 1)) for t in range(1, num_nodes))] for _ in range(states)]
     total = sum(counts)
-    token = st.integers(0, 2)
+    # A sampler may mark an invalid row with -1, which must not match a draft's -1.
+    token = st.integers(-1, 2)
     sampled = draw(st.lists(token, min_size=total, max_size=total))
     drafted = draw(st.lists(st.integers(-1, 2), min_size=total, max_size=total))
     mapping = draw(st.permutations(range(states)))[: len(counts)]
@@ -45,7 +46,7 @@ def _python_walk(sampled, drafted, parent):
     while True:
         nodes.append(node)
         emitted.append(sampled[node])
-        children = [t for t in range(1, n) if parent[t] == node and drafted[t] == emitted[-1]]
+        children = [t for t in range(1, n) if parent[t] == node and drafted[t] == emitted[-1] >= 0]
         if not children:
             return emitted, nodes
         node = children[0]
