@@ -39,6 +39,11 @@ from transformers.models.qwen3.modeling_qwen3 import (
 from vllm_kvspec.config import KVSpecDraftConfig, target_fingerprint
 
 
+# Large beside the usual 0.02: the other factor starts at zero and learns in proportion to this one. On the tiny target,
+# 60 steps: KL 1.86 against 1.96 nats at depths 1 to 7.
+TRANSITION_IN_STD = 0.3
+
+
 class ZeroLinear(nn.Linear):
     """A linear layer that starts at zero."""
 
@@ -121,6 +126,9 @@ class KVSpecDraftModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, ZeroLinear):
             init.zeros_(module.weight)
+            return
+        if isinstance(module, nn.Embedding):
+            init.normal_(module.weight, std=TRANSITION_IN_STD)
             return
         super()._init_weights(module)
         if isinstance(module, KVSpecDraftModel):

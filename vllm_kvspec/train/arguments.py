@@ -17,7 +17,6 @@ class HeadArguments:
         default=None, metadata={"help": "one target layer per head layer; default: evenly spaced"}
     )
     transition_rank: int = field(default=64, metadata={"help": "rank of the token-transition bias"})
-    init_from_target: bool = field(default=True, metadata={"help": "start layers as copies of the target's"})
 
 
 @dataclass

@@ -41,8 +41,7 @@ def make_head(arguments: HeadArguments, data: DataArguments, target, tokenizer) 
         transition_rank=arguments.transition_rank,
     )
     head = KVSpecDraftModel(config)
-    if arguments.init_from_target:
-        init_from_target(head, target)
+    init_from_target(head, target)
     return head
 
 

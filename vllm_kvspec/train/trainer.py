@@ -71,15 +71,9 @@ class KVSpecTrainer(Trainer):
 
 @torch.no_grad()
 def init_from_target(head: KVSpecDraftModel, target: PreTrainedModel) -> None:
-    """Start each head layer as a copy of its target layer, and the final norm as the target's.
+    """Start the final norm as the target's, whose scale the LM head expects.
 
-    Copies every weight whose name and shape agree (for models with transformers' usual names); the output projections
-    stay zero, so that the head starts as an MLP stack that learns where to look.
+    Only that: layers that start as copies of the target's learn more slowly than random ones (on the tiny target, 60
+    steps: KL 1.73 against 1.13 nats at the first depth), for they expect the residual stream of a deeper layer.
     """
-    layers = target.base_model.layers
-    for layer, target_layer in zip(head.layers, (layers[i] for i in head.config.target_kv_layer_ids), strict=True):
-        source = dict(target_layer.named_parameters())
-        for name, weight in layer.named_parameters():
-            if "o_proj" not in name and name in source and source[name].shape == weight.shape:
-                weight.copy_(source[name])
     head.norm.weight.copy_(target.base_model.norm.weight)
