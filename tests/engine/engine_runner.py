@@ -25,7 +25,7 @@ os.environ.update(
 
 ROOT = Path(__file__).parents[2]
 TARGET = str(ROOT / "examples/tiny/target")
-HEAD = str(ROOT / "examples/tiny/draft")
+HEAD = os.environ.get("KVSPEC_TEST_HEAD", str(ROOT / "examples/tiny/draft"))
 PLAIN_WORKER = "plain_worker.PlainCPUWorker"
 ENGINE_DEFAULTS = {
     "model": TARGET,

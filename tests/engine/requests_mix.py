@@ -29,7 +29,7 @@ def request(length: int, offset: int, **params) -> dict:
 
 def greedy_batch() -> list[dict]:
     lengths = (1, 2, 5, 17, 33, 64, 100, 133)
-    return [request(n, 211 * i, temperature=0.0, logprobs=3) for i, n in enumerate(lengths)]
+    return [request(n, 211 * i, temperature=0.0) for i, n in enumerate(lengths)]
 
 
 def sampled_batch() -> list[dict]:
@@ -38,17 +38,26 @@ def sampled_batch() -> list[dict]:
         (7, {"top_p": 0.95, "top_k": 50}),
         (20, {"top_k": 200}),
         (48, {"top_p": 0.9, "temperature": 0.7}),
-        (90, {"logprobs": 3}),
-        (131, {"top_p": 0.95, "top_k": 50, "logprobs": 3}),
+        (90, {}),
+        (131, {"top_p": 0.95, "top_k": 50}),
     ]
     return [
         request(n, 97 * i + 40, **{"temperature": 1.0, "seed": 100 + i, **extra}) for i, (n, extra) in enumerate(shapes)
     ]
 
 
+def logprobs_batch() -> list[dict]:
+    """Few and short: in the interpreter vLLM's log-probability kernel is by far the slowest."""
+    common = {"max_tokens": 12, "logprobs": 3}
+    return [
+        request(12, 60, temperature=0.0, **common),
+        request(40, 160, temperature=1.0, seed=11, top_p=0.95, top_k=50, **common),
+    ]
+
+
 def mixed_batch() -> list[dict]:
     """Requests that need a chain beside requests that get trees."""
-    return [
+    requests = [
         request(40, 10, temperature=0.0),
         request(30, 300, temperature=1.0, seed=1, repetition_penalty=1.3, presence_penalty=0.5),
         request(25, 500, temperature=0.0, regex=r"(yes|no|maybe)( and (yes|no|maybe)){4}", ignore_eos=False),
@@ -56,8 +65,12 @@ def mixed_batch() -> list[dict]:
         request(35, 700, temperature=1.0, seed=5, n=2),
         request(20, 900, temperature=0.0, stop=["\n\n", "def "], ignore_eos=False),
         request(60, 1100, temperature=0.8, seed=9, min_tokens=20, ignore_eos=False),
-        request(50, 1300, temperature=1.0, seed=3, frequency_penalty=0.7, prompt_logprobs=2),
+        request(50, 1300, temperature=1.0, seed=3, frequency_penalty=0.7),
+        request(10, 1500, temperature=0.0, prompt_logprobs=2),
     ]
+    for one in requests:
+        one["params"]["max_tokens"] = 20
+    return requests
 
 
 def edge_batch() -> list[dict]:
@@ -72,4 +85,4 @@ def edge_batch() -> list[dict]:
 
 
 def batches() -> list[list[dict]]:
-    return [greedy_batch(), sampled_batch(), mixed_batch(), edge_batch(), edge_batch()]
+    return [greedy_batch(), sampled_batch(), mixed_batch(), edge_batch(), edge_batch(), logprobs_batch()]

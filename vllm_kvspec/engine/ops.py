@@ -7,14 +7,14 @@ On CPU, Triton kernels run in the interpreter: right, but a hundred times slower
 
 import os
 
-import torch
+from vllm.platforms import current_platform
 
 _CHOICES = ("auto", "triton", "torch")
 _choice = os.environ.get("VLLM_KVSPEC_KERNELS", "auto")
 if _choice not in _CHOICES:
     raise ValueError(f"VLLM_KVSPEC_KERNELS must be one of {', '.join(_CHOICES)}; found {_choice!r}.")
 
-USE_TRITON = _choice == "triton" or (_choice == "auto" and torch.cuda.is_available())
+USE_TRITON = _choice == "triton" or (_choice == "auto" and not current_platform.is_cpu())
 
 if USE_TRITON:
     from vllm_kvspec.kernels.gumbel_noise import gumbel_noise

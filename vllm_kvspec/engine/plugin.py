@@ -21,6 +21,7 @@ def register() -> None:
     from vllm_kvspec.config import KVSpecDraftConfig
 
     AutoConfig.register(KVSpecDraftConfig.model_type, KVSpecDraftConfig, exist_ok=True)
+    # A string: the class is imported by whoever needs it, not by every process.
     ModelRegistry.register_model("KVSpecDraftModel", "vllm_kvspec.engine.draft_model:KVSpecDraftModel")
     patches.accept_kvspec()
     patches.allow_async_scheduling()

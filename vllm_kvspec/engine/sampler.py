@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sample-and-walk verification: the target's own token at every tree node, then a walk from the root.
 
-The target token of each row is drawn by vLLM's sampler from the processed logits, with Gumbel noise keyed by the
-request's seed and the row's true position (``gumbel_sample``, vllm/v1/worker/gpu/sample/gumbel.py). A child is accepted
-when it carries that token. Whatever the tree, the emitted tokens are the target's own samples at their positions, so
+The target token of each row is drawn as vLLM's sampler draws it: from the processed logits, with Gumbel noise keyed by
+the request's seed and the row's true position (``gumbel_sample``, vllm/v1/worker/gpu/sample/gumbel.py; on CPU our twin
+of its noise, because the interpreter takes a second for a batch of trees). A child is accepted when it carries that
+token. Whatever the tree, the emitted tokens are the target's own samples at their positions, so
 the output equals plain decoding, token for token under the same seed. A node is accepted with probability p(children).
 """
 
@@ -73,21 +74,35 @@ class TreeRejectionSampler(RejectionSampler):
             expanded_local_pos,
             seq_lens_upper_bound_np,
         )
-        target_tokens = gumbel_sample(
-            processed_logits,
-            expanded_idx_mapping,
-            self.sampler.sampling_states.temperature.gpu,
-            self.sampler.sampling_states.seeds.gpu,
-            pos,
-            apply_temperature=False,
-            is_drafting=False,
-            use_fp64=self.sampler.use_fp64_gumbel,
-        )
+        target_tokens = self._sample_rows(processed_logits, expanded_idx_mapping, pos)
         sampled, num_sampled, path = ops.tree_walk(
             target_tokens, verify_draft_sampled, self.state.parent, cu_num_logits, idx_mapping
         )
         self._chunk_paths.append(path)
         return processed_logits, sampled, num_sampled
+
+    def _sample_rows(
+        self, processed_logits: torch.Tensor, expanded_idx_mapping: torch.Tensor, pos: torch.Tensor
+    ) -> torch.Tensor:
+        """The target's token of each row, int64 [L], from logits [L, V] with every sampling parameter applied."""
+        states = self.sampler.sampling_states
+        temperature, seeds = states.temperature.gpu, states.seeds.gpu
+        if not ops.USE_TRITON and not self.sampler.use_fp64_gumbel:
+            # Temperature is in the logits already; here it only tells sampling from greedy rows.
+            is_sampling = (temperature != 0).float()
+            vocab_size = processed_logits.shape[1]
+            noise = ops.gumbel_noise(seeds, is_sampling, pos[:, None], expanded_idx_mapping, vocab_size)
+            return (processed_logits.float() + noise[:, 0]).argmax(dim=-1)
+        return gumbel_sample(
+            processed_logits,
+            expanded_idx_mapping,
+            temperature,
+            seeds,
+            pos,
+            apply_temperature=False,
+            is_drafting=False,
+            use_fp64=self.sampler.use_fp64_gumbel,
+        )
 
     def _get_logprobs_tensors(
         self,
