@@ -3,6 +3,7 @@
 
 import pytest
 import vllm
+from engine_runner import TARGET
 from vllm.engine.arg_utils import EngineArgs
 
 from vllm_kvspec.engine import compat, patches, plugin
@@ -40,7 +41,7 @@ def test_another_version_refuses_only_kvspec(monkeypatch):
     monkeypatch.setattr(vllm, "__version__", "0.33.0")
     try:
         plugin.register()
-        arguments = EngineArgs(model="unused", speculative_config={"method": "kvspec", "model": "head"})
+        arguments = EngineArgs(model=TARGET, speculative_config={"method": "kvspec", "model": "head"})
         with pytest.raises(ValueError, match=r"supports vllm>=0.32,<0.33; found 0.33.0"):
             arguments.create_speculative_config(None, None)
         arguments.speculative_config = None

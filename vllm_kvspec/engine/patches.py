@@ -55,6 +55,29 @@ def refuse_kvspec(problem: str) -> None:
     _wrap_create_speculative_config(build)
 
 
+def offer_spec_method() -> None:
+    """Target: ``EngineArgs.add_cli_args``.
+
+    Why: the choices of ``--spec-method`` are the same closed Literal. Upstream and removal: as above.
+    """
+    from vllm.engine.arg_utils import EngineArgs
+
+    original = EngineArgs.add_cli_args
+    if hasattr(original, "kvspec_original"):
+        return
+
+    @wraps(original)
+    def add_cli_args(parser):
+        parser = original(parser)
+        for action in parser._actions:
+            if "--spec-method" in action.option_strings and action.choices and METHOD not in action.choices:
+                action.choices = [*action.choices, METHOD]
+        return parser
+
+    add_cli_args.kvspec_original = original
+    EngineArgs.add_cli_args = staticmethod(add_cli_args)
+
+
 def allow_async_scheduling() -> None:
     """Target: ``vllm.config.vllm.EagleModelTypes``, the module global only.
 

@@ -24,4 +24,5 @@ def register() -> None:
     # A string: the class is imported by whoever needs it, not by every process.
     ModelRegistry.register_model("KVSpecDraftModel", "vllm_kvspec.engine.draft_model:KVSpecDraftModel")
     patches.accept_kvspec()
+    patches.offer_spec_method()
     patches.allow_async_scheduling()
