@@ -44,8 +44,8 @@ def _moves(draw):
         base.append(draw(st.integers(0, TABLE * BLOCK_SIZE - num_nodes)))
         length = draw(st.integers(0, num_nodes))
         chosen = sorted(draw(st.permutations(range(1, num_nodes)))[: max(length - 1, 0)])
-        path.append(([0, *chosen] + list(range(num_nodes)))[:num_nodes])
-        path[-1][len(chosen) + 1 :] = range(len(chosen) + 1, num_nodes)
+        # Entries past the accepted path must be ignored whatever they hold.
+        path.append(([0, *chosen] + [num_nodes - 1] * num_nodes)[:num_nodes])
         count.append(length)
     blocks = draw(st.permutations(range(NUM_BLOCKS)))[: num_reqs * TABLE]
     return (

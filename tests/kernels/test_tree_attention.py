@@ -104,6 +104,9 @@ CASES = [
     pytest.param([(12, 50, 5)], 4, 2, 64, 16, torch.float32, HND, 0, 9, id="prompt-chunk-then-tree"),
     pytest.param(MIXED, 4, 2, 64, 16, torch.float32, HND, 20, 9, id="mixed-window20"),
     pytest.param([(9, 80, 9), (1, 80, 0)], 4, 2, 64, 16, torch.float32, HND, 3, 9, id="window3-inside-tree"),
+    pytest.param(
+        [(40, 60, 40)], 8, 1, 64, 16, torch.float32, HND, 12, 40, id="window12-query-tiles-that-start-in-the-tree"
+    ),
     pytest.param([(9, 75, 9), (1, 40, 0)], 4, 2, 64, 16, torch.float16, HND, 0, 9, id="fp16"),
     pytest.param([(9, 75, 9), (1, 40, 0)], 4, 2, 128, 16, torch.bfloat16, HND, 0, 9, id="bf16-D128"),
     pytest.param([(3, 20, 3)], 80, 1, 64, 16, torch.float32, HND, 0, 9, id="group80-wider-than-the-tile"),
