@@ -30,8 +30,9 @@ class KVSpecDraftConfig(PreTrainedConfig):
 
     ``context`` says what conditions the head: ``"kv"`` (the target's KV cache only) or ``"hybrid"`` (also the target's
     last hidden state before the anchor). ``draft_block_size`` is the number of positions scored in one pass,
-    ``target_kv_layer_ids[i]`` the target layer whose KV head layer ``i`` reads. Everything that shapes queries, keys
-    and values equals the target's. Raises ValueError for shapes that no head can have.
+    ``target_kv_layer_ids[i]`` the target layer whose KV head layer ``i`` reads. ``greedy_scale`` divides the head's
+    logits when a tree for greedy decoding is ranked (``tree.ranking_scale``). Everything that shapes queries, keys and
+    values equals the target's. Raises ValueError for shapes that no head can have.
     """
 
     model_type = "kvspec"
@@ -51,6 +52,7 @@ class KVSpecDraftConfig(PreTrainedConfig):
     qk_norm: bool = True
     attention_bias: bool = False
     transition_rank: int = 64
+    greedy_scale: float = 0.5
     vocab_size: int = 256
     max_position_embeddings: int = 1024
     tie_word_embeddings: bool = False
@@ -90,6 +92,8 @@ class KVSpecDraftConfig(PreTrainedConfig):
                 f"target_kv_layer_ids must be layers of the target (0..{(num_target_layers or 0) - 1}), got {bad}; "
                 "count from the first layer."
             )
+        if not self.greedy_scale > 0:
+            raise ValueError(f"greedy_scale must be positive, got {self.greedy_scale}; use for example 0.5.")
         if self.attention_bias:
             raise ValueError("attention_bias must be false for a kvspec head, got true; leave it out.")
 

@@ -75,14 +75,14 @@ def _child_scores(
 ) -> torch.Tensor:
     """Log-probabilities [B, P, V] of the children of ``parent_tokens`` [B, P] at a depth with ``logits`` [B, V].
 
-    With noise [B, V] (temperature times the Gumbel noise the target will add): the head's belief about which token the
-    target's sampler will pick, softmax(l + noise). Without: softmax(l / temperature), ``scale`` [B].
+    softmax((l + noise) / scale). With noise [B, V] (temperature times the Gumbel noise the target will add) this is the
+    head's belief about which token the target's sampler will pick.
     """
     bias = transition_in[parent_tokens] @ transition_out.T
     scores = logits.float().unsqueeze(1) + bias.float()
     if noise is not None:
         scores = scores + noise.unsqueeze(1)
-    elif scale is not None:
+    if scale is not None:
         scores = scores / scale.view(-1, 1, 1)
     return scores.log_softmax(dim=-1)
 
@@ -94,6 +94,16 @@ def num_candidates(block_size: int, beam: int, width: int) -> int:
         size = min(beam, size) * width
         total += size
     return total
+
+
+def ranking_scale(temperature: torch.Tensor, coupled: bool, greedy_scale: float) -> torch.Tensor:
+    """Divisor [B] fp32 of the scores of requests with ``temperature`` [B].
+
+    Scores must be beliefs about the token that the target will pick, or the tree spends its nodes badly. Sampling picks
+    from softmax(l / T), and with the noise known from softmax(l + noise). Greedy decoding picks the best token, which
+    is surer than softmax(l) says: ``greedy_scale`` below 1, a constant of the head.
+    """
+    return torch.where(temperature > 0, torch.ones_like(temperature) if coupled else temperature, greedy_scale)
 
 
 def expand_tree(
@@ -114,7 +124,7 @@ def expand_tree(
     anchor: [B] int64, the root's token.
     transition_in, transition_out: [V, r] each, the factors of the transition bias.
     noise: [B, G, V] fp32, temperature times the noise with which the target samples the rows at base + d, or None.
-    scale: [B] fp32, the temperature when there is no noise, or None for 1.
+    scale: [B] fp32, see ``ranking_scale``, or None for 1.
     chain: [B] bool, rows that want a chain: all but the greedy path gets score -inf. None for no such row.
 
     Returns score [B, M] fp32 (cumulative log-probability), token [B, M] int64 and parent [B, M] int32 (index of the

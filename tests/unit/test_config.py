@@ -64,6 +64,7 @@ def test_head_takes_its_shapes_from_the_target(target_config):
         ({"num_hidden_layers": 3, "target_kv_layer_ids": [1, 2]}, "one target layer per head layer"),
         ({"target_kv_layer_ids": [1, 8], "target": {"num_hidden_layers": 8}}, "must be layers of the target"),
         ({"attention_bias": True}, "attention_bias"),
+        ({"greedy_scale": 0.0}, "greedy_scale"),
     ],
 )
 def test_impossible_heads_are_refused(fields, words):

@@ -18,6 +18,7 @@ from vllm_kvspec.tree import (
     expand_tree,
     num_candidates,
     parents_from_widths,
+    ranking_scale,
 )
 
 VOCAB, RANK = 13, 4
@@ -39,7 +40,7 @@ def path_score(path, b, logits, anchor, factors, noise=None, scale=None):
         row = logits[b, level] + factors[1] @ factors[0][previous]
         if noise is not None:
             row = row + noise[b, level]
-        elif scale is not None:
+        if scale is not None:
             row = row / scale[b]
         total, previous = total + row.log_softmax(0)[token].item(), token
     return total
@@ -79,12 +80,12 @@ def test_depths_and_masks(numbers):
         assert depth == len(ancestors) - 1
 
 
-@pytest.mark.parametrize("mode", ["plain", "temperature", "noise"])
+@pytest.mark.parametrize("mode", ["plain", "scale", "noise", "both"])
 def test_full_expansion_is_exhaustive(mode):
     """With a beam and width that leave nothing out, the scores are those of all paths."""
     logits, anchor, factors, noise = head_scores(block=2)
-    noise = noise if mode == "noise" else None
-    scale = torch.tensor([0.5, 2.0]) if mode == "temperature" else None
+    noise = noise if mode in ("noise", "both") else None
+    scale = torch.tensor([0.5, 2.0]) if mode in ("scale", "both") else None
     score, token, parent = expand_tree(logits, anchor, *factors, noise, scale, beam=VOCAB, width=VOCAB)
     assert score.shape == token.shape == parent.shape == (2, num_candidates(2, VOCAB, VOCAB))
     assert (score.dtype, token.dtype, parent.dtype) == (torch.float32, torch.int64, torch.int32)
@@ -149,3 +150,9 @@ def test_fixed_tree_deeper_than_the_block_is_refused():
     logits, anchor, factors, _ = head_scores(block=2)
     with pytest.raises(ValueError, match="deeper than the head's block"):
         expand_fixed(logits, anchor, *factors, parents=chain_parents(3))
+
+
+def test_ranking_scale():
+    temperature = torch.tensor([0.0, 0.7, 2.0])
+    assert ranking_scale(temperature, True, 0.25).tolist() == [0.25, 1.0, 1.0]
+    assert ranking_scale(temperature, False, 0.25).tolist() == temperature.clamp(min=0.25).tolist()

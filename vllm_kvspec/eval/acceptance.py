@@ -16,7 +16,7 @@ from vllm_kvspec.kernels.reference import gumbel_noise, tree_build
 from vllm_kvspec.models.draft_head import KVSpecDraftModel
 from vllm_kvspec.models.target import anchor_inputs, view_target
 from vllm_kvspec.train.data import continue_prompts
-from vllm_kvspec.tree import expand_tree
+from vllm_kvspec.tree import expand_tree, ranking_scale
 
 # A row of a batch of anchors holds [G, V] logits and noise; this many keep a 4k vocabulary within some 100 MB.
 ANCHORS_PER_BATCH = 64
@@ -117,13 +117,12 @@ def text_acceptance(
     for base in bases.split(ANCHORS_PER_BATCH):
         anchor_embeds, target_hidden = anchor_inputs(target, view, ids, base[None])
         hidden = head(anchor_embeds, base[None], view.context, target_hidden)[0]
-        noise = scale = None
-        if temperature > 0:
-            scale = torch.full((len(base),), temperature)
-            if coupled:
-                rows = torch.zeros(len(base), dtype=torch.int64)
-                positions = base[:, None] + torch.arange(block)
-                noise = gumbel_noise(torch.tensor([text.seed]), scale[:1], positions, rows, config.vocab_size)
+        noise, temperatures = None, torch.full((len(base),), temperature)
+        scale = ranking_scale(temperatures, coupled, config.greedy_scale)
+        if temperature > 0 and coupled:
+            rows = torch.zeros(len(base), dtype=torch.int64)
+            positions = base[:, None] + torch.arange(block)
+            noise = gumbel_noise(torch.tensor([text.seed]), temperatures[:1], positions, rows, config.vocab_size)
         weights = (head.transition_in.weight, head.transition_out.weight)
         logits, anchor = target.lm_head(hidden), ids[0, base]
         truth = ids[0, base[:, None] + 1 + torch.arange(block)]
