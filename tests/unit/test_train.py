@@ -74,9 +74,11 @@ def test_loss_is_least_at_the_teacher():
 
 
 def test_collate_pads_on_the_right():
-    batch = collate([{"input_ids": [5, 6, 7], "prompt_length": 1}, {"input_ids": [8], "prompt_length": 1}])
+    rows = [{"input_ids": [5, 6, 7], "prompt_length": 1}, {"input_ids": [8], "prompt_length": 1}]
+    batch = collate([row | {"temperature": i} for i, row in enumerate(rows)])
     assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 0, 0]]
     assert batch["lengths"].tolist() == [3, 1]
+    assert batch["temperatures"].tolist() == [0.0, 1.0]
 
 
 def test_a_head_starts_with_its_targets_final_norm(target_dir):

@@ -26,4 +26,8 @@ class DataArguments:
     data_path: list[str] = field(metadata={"help": "jsonl written by `generate`"})
     anchors_per_sequence: int = field(default=32, metadata={"help": "random anchors drawn per sequence and step"})
     depth_decay: float = field(default=6.0, metadata={"help": "loss weight of depth k is exp(-k / depth_decay)"})
+    min_teacher_temperature: float = field(
+        default=1.0,
+        metadata={"help": "the head learns softmax(target logits / temperature of the text), with this as the least"},
+    )
     from_pretrained: str | None = field(default=None, metadata={"help": "continue from this head"})

@@ -144,10 +144,11 @@ def load_rows(paths: list[str], block_size: int) -> Dataset:
 
 
 def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
-    """Pad rows on the right: ``input_ids`` [B, S] int64, ``lengths`` [B], ``prompt_lengths`` [B]."""
+    """Pad rows on the right: ``input_ids`` [B, S] int64; ``lengths``, ``prompt_lengths``, ``temperatures`` [B]."""
     input_ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row["input_ids"]) for row in rows], batch_first=True)
     return {
         "input_ids": input_ids,
         "lengths": torch.tensor([len(row["input_ids"]) for row in rows]),
         "prompt_lengths": torch.tensor([row["prompt_length"] for row in rows]),
+        "temperatures": torch.tensor([float(row["temperature"]) for row in rows]),
     }

@@ -69,6 +69,7 @@ def train(argv: Sequence[str], **parser_options) -> Path:
         target=target,
         anchors_per_sequence=data_args.anchors_per_sequence,
         depth_decay=data_args.depth_decay,
+        min_teacher_temperature=data_args.min_teacher_temperature,
     )
     result = trainer.train()
     head.to(torch.bfloat16).save_pretrained(output)

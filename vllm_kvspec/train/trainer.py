@@ -37,11 +37,20 @@ def distillation_loss(
 class KVSpecTrainer(Trainer):
     """transformers' Trainer for a head; ``target`` is the frozen causal LM the head is trained for."""
 
-    def __init__(self, *args, target: PreTrainedModel, anchors_per_sequence: int, depth_decay: float, **kwargs):
+    def __init__(
+        self,
+        *args,
+        target: PreTrainedModel,
+        anchors_per_sequence: int,
+        depth_decay: float,
+        min_teacher_temperature: float = 1.0,
+        **kwargs,
+    ):
         super().__init__(*args, **kwargs)
         self.target = target.eval().requires_grad_(False).to(self.args.device)
         self.anchors_per_sequence = anchors_per_sequence
         self.depth_decay = depth_decay
+        self.min_teacher_temperature = min_teacher_temperature
         # The loss is a mean already, whatever the number of tokens in a batch.
         self.model_accepts_loss_kwargs = False
 
@@ -58,7 +67,9 @@ class KVSpecTrainer(Trainer):
         view = view_target(self.target, config, input_ids)
         anchor_embeds, target_hidden = anchor_inputs(self.target, view, input_ids, base)
         with torch.no_grad():
-            teacher_logits = self.target.lm_head(view.hidden)[rows, positions]
+            # The distribution that the row's text was drawn from; greedy text would make it infinitely sharp.
+            teacher_temperature = inputs["temperatures"].clamp(min=self.min_teacher_temperature)
+            teacher_logits = self.target.lm_head(view.hidden / teacher_temperature[:, None, None])[rows, positions]
         hidden, bias = model(anchor_embeds, base, view.context, target_hidden, previous=input_ids[rows, positions])
         loss = distillation_loss(self.target.lm_head(hidden) + bias, teacher_logits, valid, self.depth_decay)
         return (loss, {"hidden": hidden}) if return_outputs else loss
