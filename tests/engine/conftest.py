@@ -39,10 +39,11 @@ def run_script(job: dict, directory: Path, *, multiprocessing: bool = False) -> 
 
 
 @pytest.fixture(scope="session")
-def reference(tmp_path_factory) -> list:
-    """What plain vLLM answers to ``requests_mix.batches()``."""
-    job = {"engine": {"worker_cls": engine_runner.PLAIN_WORKER}, "batches": requests_mix.batches()}
-    return run_script(job, tmp_path_factory.mktemp("plain"))["outputs"]
+def reference(tmp_path_factory) -> dict[str, list]:
+    """What plain vLLM answers to each batch of ``requests_mix.BATCHES``."""
+    job = {"engine": engine_runner.PLAIN_ENGINE, "batches": [make() for make in requests_mix.BATCHES.values()]}
+    outputs = run_script(job, tmp_path_factory.mktemp("plain"))["outputs"]
+    return dict(zip(requests_mix.BATCHES, outputs, strict=True))
 
 
 @pytest.fixture(scope="session")
@@ -50,8 +51,8 @@ def oracle_file(reference, tmp_path_factory) -> str:
     """Every prompt with its reference continuations, for the oracle drafter."""
     sequences = [
         request["prompt"] + sample["token_ids"]
-        for batch, outputs in zip(requests_mix.batches(), reference, strict=True)
-        for request, samples in zip(batch, outputs, strict=True)
+        for name, make in requests_mix.BATCHES.items()
+        for request, samples in zip(make(), reference[name], strict=True)
         for sample in samples
     ]
     path = tmp_path_factory.mktemp("oracle") / "sequences.json"

@@ -26,7 +26,8 @@ os.environ.update(
 ROOT = Path(__file__).parents[2]
 TARGET = str(ROOT / "examples/tiny/target")
 HEAD = os.environ.get("KVSPEC_TEST_HEAD", str(ROOT / "examples/tiny/draft"))
-PLAIN_WORKER = "plain_worker.PlainCPUWorker"
+# vLLM's CPU attention takes blocks of 32; ours takes 16, which gives more block boundaries.
+PLAIN_ENGINE = {"worker_cls": "plain_worker.PlainCPUWorker", "block_size": 32}
 ENGINE_DEFAULTS = {
     "model": TARGET,
     "dtype": "float32",
@@ -102,8 +103,15 @@ def force_async_scheduling() -> None:
     platform.check_and_update_config = classmethod(check_and_update_config)
 
 
+def _kernels_in_use() -> str | None:
+    """Which kernels this process's engine called; None when the engine runs in another process."""
+    ops = sys.modules.get("vllm_kvspec.engine.ops")
+    return ops and ("triton" if ops.USE_TRITON else "torch")
+
+
 def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
+    os.environ["VLLM_KVSPEC_KERNELS"] = job.get("kernels", "auto")
     if job.get("async_scheduling"):
         force_async_scheduling()
         job["engine"]["async_scheduling"] = True
@@ -113,6 +121,7 @@ def main() -> None:
         result["counters"] = spec_counters(llm)
         config = llm.llm_engine.vllm_config
         result["async_scheduling"] = config.scheduler_config.async_scheduling
+        result["kernels"] = _kernels_in_use()
     Path(sys.argv[2]).write_text(json.dumps(result))
 
 

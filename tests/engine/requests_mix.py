@@ -74,7 +74,7 @@ def mixed_batch() -> list[dict]:
 
 
 def edge_batch() -> list[dict]:
-    """Up to the last position of the context, and prompts of exactly k blocks (twice: the second time all cached)."""
+    """Up to the last position of the context, and prompts of exactly k blocks."""
     return [
         request(MAX_MODEL_LEN - 6, 0, temperature=0.0, max_tokens=64),
         request(MAX_MODEL_LEN - 18, 50, temperature=1.0, seed=2, max_tokens=64),
@@ -84,5 +84,14 @@ def edge_batch() -> list[dict]:
     ]
 
 
-def batches() -> list[list[dict]]:
-    return [greedy_batch(), sampled_batch(), mixed_batch(), edge_batch(), edge_batch(), logprobs_batch()]
+BATCHES = {
+    "greedy": greedy_batch,
+    "sampled": sampled_batch,
+    "mixed": mixed_batch,
+    "edge": edge_batch,
+    "logprobs": logprobs_batch,
+}
+# The edge batch twice: the second time its prompts are cached whole.
+ALL = ("greedy", "sampled", "mixed", "edge", "edge", "logprobs")
+# Without the batches whose sampling kernels the interpreter runs row by row.
+CORE = ("greedy", "sampled", "edge", "edge")

@@ -7,65 +7,82 @@ option changes (scheduling, cache pressure, tree shape) must not show in the out
 
 import pytest
 import requests_mix
-from engine_runner import generate, spec_counters
+from engine_runner import PLAIN_ENGINE, generate, spec_counters
+from requests_mix import ALL, BATCHES, CORE
 
-BATCHES = requests_mix.batches
+
+@pytest.fixture
+def check(reference, same):
+    """Send batches by name to an engine and compare with the plain reference."""
+
+    def run(llm, names: tuple[str, ...]) -> None:
+        same(generate(llm, [BATCHES[name]() for name in names]), [reference[name] for name in names])
+
+    return run
 
 
 @pytest.mark.parametrize(
-    "keys",
+    ("keys", "names"),
     [
-        pytest.param({}, id="head-tree"),
-        pytest.param({"draft_noise": "none", "num_speculative_tokens": 32, "tree_width": 6}, id="head-uncoupled-N32"),
-        pytest.param({"tree": "chain", "num_speculative_tokens": 6}, id="head-chain"),
-        pytest.param({"tree": [3, 2, 1], "num_speculative_tokens": 15}, id="head-fixed-widths"),
-        pytest.param({"drafter": "random", "num_speculative_tokens": 12}, id="random-trees"),
+        pytest.param({"num_speculative_tokens": 8}, ALL, id="head-tree"),
+        pytest.param({"draft_noise": "none", "num_speculative_tokens": 32, "tree_width": 6}, CORE, id="head-uncoupled"),
+        pytest.param({"tree": "chain", "num_speculative_tokens": 6}, CORE, id="head-chain"),
+        pytest.param({"tree": [3, 1, 1], "num_speculative_tokens": 9}, (*CORE, "mixed"), id="head-fixed-widths"),
+        pytest.param({"drafter": "random", "num_speculative_tokens": 12}, CORE, id="random-trees"),
     ],
 )
-def test_every_feature(reference, make_engine, spec, same, keys):
+def test_every_feature(check, make_engine, spec, keys, names):
     with make_engine(spec(**keys)) as llm:
-        found = generate(llm, BATCHES())
+        check(llm, names)
         counters = spec_counters(llm)
-    same(found, reference)
     assert counters["drafts"] > 0
     # Otherwise nothing but the root was ever verified.
     assert counters["accepted_tokens"] > 0
 
 
-def test_oracle_trees(reference, oracle_file, make_engine, spec, same):
+def test_oracle_trees(oracle_file, make_engine, spec, check):
     """Right tokens on side branches: long, non-trivial accepted paths."""
-    keys = {"drafter": "oracle", "oracle_file": oracle_file, "num_speculative_tokens": 14}
-    with make_engine(spec(**keys)) as llm:
-        found = generate(llm, BATCHES())
+    with make_engine(spec(14, drafter="oracle", oracle_file=oracle_file)) as llm:
+        check(llm, ALL)
         counters = spec_counters(llm)
-    same(found, reference)
     assert counters["accepted_tokens"] / counters["drafts"] > 1.0
 
 
+def test_triton_kernels(oracle_file, spec, script, reference, same):
+    """The same engine on the Triton kernels, interpreted, instead of their twins."""
+    job = {
+        "engine": {"speculative_config": spec(6)},
+        "batches": [BATCHES["logprobs"]()],
+        "kernels": "triton",
+    }
+    result = script(job)
+    assert result["kernels"] == "triton"
+    same(result["outputs"], [reference["logprobs"]])
+
+
 @pytest.mark.parametrize("drafter", ["head", "oracle"])
-def test_chunked_prefill(reference, oracle_file, make_engine, spec, same, drafter):
+def test_chunked_prefill(oracle_file, make_engine, spec, check, drafter):
     """A budget smaller than most prompts: prompt tails, decode rows and trimmed trees share steps."""
     keys = {"drafter": drafter, "oracle_file": oracle_file if drafter == "oracle" else None}
     with make_engine(spec(8, **keys), max_num_batched_tokens=48, max_num_seqs=5, enable_chunked_prefill=True) as llm:
-        same(generate(llm, BATCHES()), reference)
+        check(llm, (*CORE, "mixed") if drafter == "oracle" else CORE)
 
 
 @pytest.mark.parametrize("drafter", ["head", "oracle"])
-def test_preemption(reference, oracle_file, make_engine, spec, same, drafter):
+def test_preemption(oracle_file, make_engine, spec, check, drafter):
     """22 blocks of 16 for up to 8 requests: some are dropped and prefilled again."""
     keys = {"drafter": drafter, "oracle_file": oracle_file if drafter == "oracle" else None}
     with make_engine(spec(8, **keys), num_gpu_blocks_override=22) as llm:
-        found = generate(llm, BATCHES())
+        check(llm, CORE)
         preemptions = sum(m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions")
-    same(found, reference)
     assert preemptions > 0
 
 
-def test_dynamic_number_of_nodes(reference, make_engine, spec, same):
+def test_dynamic_number_of_nodes(make_engine, spec, check):
     """vLLM's own schedule: 8 nodes for up to 3 requests, the first 5 of them for more."""
     keys = {"num_speculative_tokens_per_batch_size": [(1, 3, 8), (4, 8, 5)]}
     with make_engine(spec(8, **keys)) as llm:
-        same(generate(llm, BATCHES()), reference)
+        check(llm, CORE)
 
 
 def test_prefix_cache_second_turn(make_engine, spec, script, same, reference):
@@ -76,11 +93,11 @@ def test_prefix_cache_second_turn(make_engine, spec, script, same, reference):
             "prompt": request["prompt"] + outputs[0]["token_ids"] + requests_mix.prompt(5, 1700),
             "params": request["params"],
         }
-        for request, outputs in zip(first, reference[0], strict=True)
+        for request, outputs in zip(first, reference["greedy"], strict=True)
     ]
-    expected = script({"engine": {"worker_cls": "plain_worker.PlainCPUWorker"}, "batches": [turns]})["outputs"]
+    expected = script({"engine": PLAIN_ENGINE, "batches": [turns]})["outputs"]
     with make_engine(spec()) as llm:
-        same(generate(llm, [first]), reference[:1])
+        same(generate(llm, [first]), [reference["greedy"]])
         before = _prefix_hits(llm)
         found = generate(llm, [turns])
         hits = _prefix_hits(llm) - before
@@ -111,26 +128,28 @@ def test_abort_in_the_middle(reference, make_engine, spec):
             for output in engine.step():
                 if output.finished:
                     done[output.request_id.split("-")[0]] = list(output.outputs[0].token_ids)
-    expected = {str(i): samples[0]["token_ids"] for i, samples in enumerate(reference[0]) if i != 3}
-    expected["new"] = reference[0][3][0]["token_ids"]
+    expected = {str(i): samples[0]["token_ids"] for i, samples in enumerate(reference["greedy"]) if i != 3}
+    expected["new"] = reference["greedy"][3][0]["token_ids"]
     assert {k: v for k, v in done.items() if k in expected} == expected
 
 
 def test_async_scheduling(reference, oracle_file, spec, script, same):
     """The scheduler runs a step ahead; drafts never leave the device."""
     keys = {"drafter": "oracle", "oracle_file": oracle_file}
-    job = {"engine": {"speculative_config": spec(8, **keys)}, "batches": BATCHES(), "async_scheduling": True}
+    batches = [BATCHES[name]() for name in CORE]
+    job = {"engine": {"speculative_config": spec(8, **keys)}, "batches": batches, "async_scheduling": True}
     result = script(job, multiprocessing=True)
     assert result["async_scheduling"] is True
-    same(result["outputs"], reference)
+    same(result["outputs"], [reference[name] for name in CORE])
 
 
 def test_tensor_parallel(reference, spec, script, same):
     """Two ranks over gloo, each with half of the heads and of the KV."""
+    names = ("greedy", "sampled")
     job = {
-        "engine": {"speculative_config": spec(12), "tensor_parallel_size": 2, "kv_cache_memory_bytes": 32 << 20},
-        "batches": BATCHES(),
+        "engine": {"speculative_config": spec(8), "tensor_parallel_size": 2, "kv_cache_memory_bytes": 32 << 20},
+        "batches": [BATCHES[name]() for name in names],
     }
     result = script(job, multiprocessing=True)
-    same(result["outputs"], reference)
+    same(result["outputs"], [reference[name] for name in names])
     assert result["counters"]["accepted_tokens"] > 0

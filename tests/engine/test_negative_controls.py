@@ -43,7 +43,7 @@ def test_switched_off(reference, oracle_file, make_engine, spec, monkeypatch, na
         found = generate(llm, [requests_mix.greedy_batch()])
     different = [
         r
-        for r, (have, want) in enumerate(zip(found[0], reference[0], strict=True))
+        for r, (have, want) in enumerate(zip(found[0], reference["greedy"], strict=True))
         if have[0]["token_ids"] != want[0]["token_ids"]
     ]
     assert different, f"nothing changed without {name}: the identity tests would not notice"

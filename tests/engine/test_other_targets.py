@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_runner import PLAIN_WORKER, TARGET, generate, spec_counters
+from engine_runner import PLAIN_ENGINE, TARGET, generate, spec_counters
 from requests_mix import request
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -44,7 +44,7 @@ def test_identity(model_type, tmp_path, make_engine, script, same):
     target = str(write_target(model_type, tmp_path / "target"))
     head = str(write_untrained_head(target, str(tmp_path / "head"), dtype=torch.float32))
     batch = [request(n, 131 * n, temperature=t, seed=n) for n, t in ((3, 0.0), (18, 1.0), (45, 0.0), (70, 1.0))]
-    expected = script({"engine": {"model": target, "worker_cls": PLAIN_WORKER}, "batches": [batch]})["outputs"]
+    expected = script({"engine": {"model": target, **PLAIN_ENGINE}, "batches": [batch]})["outputs"]
     sequences = [one["prompt"] + samples[0]["token_ids"] for one, samples in zip(batch, expected[0], strict=True)]
     (tmp_path / "sequences.json").write_text(json.dumps(sequences))
     spec = {"method": "kvspec", "model": head, "num_speculative_tokens": 12}
