@@ -16,9 +16,15 @@ fi
 python -m vllm_kvspec.cli generate --target_model "$out/target" --data_path "$work/train.jsonl" \
   --output "$work/rows.jsonl" --num_prompts 2304 --prompt_length 64 --max_new_tokens 160 --batch_size 192 \
   --temperatures 0 1
-python -m vllm_kvspec.cli train --target_model "$out/target" --data_path "$work/rows.jsonl" --output_dir "$out/draft" \
-  --num_layers 3 --transition_rank 96 --anchors_per_sequence 32 --max_steps 1000 --per_device_train_batch_size 8 \
-  --learning_rate 2e-3 --lr_scheduler_type cosine_with_min_lr --lr_scheduler_kwargs '{"min_lr_rate": 0.05}' \
-  --warmup_steps 30 --weight_decay 0.0 --adam_beta2 0.95 --logging_steps 25 --save_strategy no --report_to none
+train() {
+  python -m vllm_kvspec.cli train --target_model "$out/target" --data_path "$work/rows.jsonl" \
+    --anchors_per_sequence 32 --per_device_train_batch_size 8 --weight_decay 0.0 --adam_beta2 0.95 \
+    --lr_scheduler_type cosine_with_min_lr --lr_scheduler_kwargs '{"min_lr_rate": 0.05}' \
+    --logging_steps 25 --save_strategy no --report_to none "$@"
+}
+train --output_dir "$work/draft-1" --num_layers 3 --transition_rank 96 --max_steps 1000 --learning_rate 2e-3 \
+  --warmup_steps 30
+train --output_dir "$out/draft" --from_pretrained "$work/draft-1" --min_teacher_temperature 0.5 --max_steps 350 \
+  --learning_rate 1e-3 --warmup_steps 15 --seed 1
 python -m vllm_kvspec.cli eval --target_model "$out/target" --draft_model "$out/draft" \
   --data_path "$work/held_out.jsonl" --num_prompts 64 --output "$out/draft/acceptance.json"

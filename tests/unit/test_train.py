@@ -6,12 +6,13 @@ import json
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, TrainingArguments
 
 from vllm_kvspec.cli import main
 from vllm_kvspec.models.draft_head import KVSpecDraftModel, head_config_for
+from vllm_kvspec.models.target import anchor_inputs, view_target
 from vllm_kvspec.train.data import collate, cut_prompts, load_rows
-from vllm_kvspec.train.trainer import distillation_loss, init_from_target, sample_anchors
+from vllm_kvspec.train.trainer import KVSpecTrainer, distillation_loss, init_from_target, sample_anchors
 
 WORDS = ["<eos>", "<pad>", *"abcdefghij"]
 
@@ -123,3 +124,43 @@ def test_generate_train_and_reload(target_dir, text_file, tmp_path):
     assert head.dtype == torch.bfloat16
     assert head.config.target["num_hidden_layers"] == 3
     assert head.layers[0].self_attn.o_proj.weight.any() and head.transition_out.weight.any()
+
+
+def test_row_d_learns_what_the_target_says_after_position_base_plus_d(target_dir, tmp_path, monkeypatch):
+    """The batched loss against one built anchor by anchor, with the target's own forward on each prefix."""
+    torch.manual_seed(0)
+    target = Qwen3ForCausalLM.from_pretrained(target_dir).eval()
+    head = KVSpecDraftModel(head_config_for(target.config, num_hidden_layers=1, draft_block_size=3))
+    torch.nn.init.normal_(head.transition_out.weight)
+    rows = [
+        {"input_ids": [2, 5, 7, 3, 9, 4, 6, 8], "prompt_length": 2, "temperature": 0.0},
+        {"input_ids": [4, 4, 6, 10, 11], "prompt_length": 2, "temperature": 2.0},
+    ]
+    bases = torch.tensor([[2, 6], [3, 3]])
+    monkeypatch.setattr("vllm_kvspec.train.trainer.sample_anchors", lambda *_: bases)
+    trainer = KVSpecTrainer(
+        model=head,
+        args=TrainingArguments(str(tmp_path), use_cpu=True, report_to="none"),
+        target=target,
+        anchors_per_sequence=2,
+        depth_decay=2.0,
+        min_teacher_temperature=0.5,
+    )
+    total = weights = 0.0
+    for row, row_bases in zip(rows, bases.tolist(), strict=True):
+        ids = torch.tensor([row["input_ids"]])
+        view = view_target(target, head.config, ids)
+        for base in row_bases:
+            anchor = torch.tensor([[base]])
+            embeds, target_hidden = anchor_inputs(target, view, ids, anchor)
+            hidden = head(embeds, anchor, view.context, target_hidden)
+            for depth in range(min(3, ids.shape[1] - base)):
+                with torch.no_grad():
+                    teacher = target(ids[:, : base + depth + 1]).logits[0, -1] / max(row["temperature"], 0.5)
+                student = target.lm_head(hidden[0, 0, depth]) + head.transition_bias(ids[0, base + depth])
+                weight = torch.exp(torch.tensor(-depth / 2.0))
+                total = total - weight * (teacher.softmax(0) * student.log_softmax(0)).sum()
+                weights += weight
+    with torch.no_grad():
+        loss = trainer.compute_loss(head, collate(rows))
+    torch.testing.assert_close(loss, (total / weights).detach(), atol=1e-5, rtol=1e-5)

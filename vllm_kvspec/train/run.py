@@ -86,6 +86,9 @@ def train(argv: Sequence[str], **parser_options) -> Path:
             if "loss" in entry
         ],
     }
+    earlier = Path(data_args.from_pretrained or "") / "training.json"
+    if data_args.from_pretrained and earlier.is_file():
+        report["started_from"] = json.loads(earlier.read_text())
     (output / "training.json").write_text(json.dumps(report, indent=2) + "\n")
     return output
 
