@@ -48,7 +48,7 @@ def test_oracle_trees(oracle_file, make_engine, spec, check):
     assert counters["accepted_tokens"] / counters["drafts"] > 1.0
 
 
-def test_triton_kernels(oracle_file, spec, script, reference, same):
+def test_triton_kernels(spec, script, reference, same):
     """The same engine on the Triton kernels, interpreted, instead of their twins."""
     job = {
         "engine": {"speculative_config": spec(6)},
