@@ -15,7 +15,7 @@ from vllm_kvspec.engine import ops
 from vllm_kvspec.engine.speculative_config import TREE_BEAM
 from vllm_kvspec.engine.target_kv import PagedLayer, layers_by_index, paged_layer
 from vllm_kvspec.engine.tree_state import TreeState
-from vllm_kvspec.tree import ancestor_masks, depths, expand_fixed, expand_tree
+from vllm_kvspec.tree import ancestor_masks, depths, expand_fixed, expand_tree, ranking_scale
 
 
 class KVSpecSpeculator(DraftModelSpeculator):
@@ -126,21 +126,21 @@ class KVSpecSpeculator(DraftModelSpeculator):
         temperature: torch.Tensor,
         seeds: torch.Tensor,
         block_size: int,
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """(noise [B, G, V], None) when coupled, else (None, scale [B]): see ``tree.expand_tree``."""
+    ) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """(noise [B, G, V] or None, scale [B]): see ``tree.expand_tree`` and ``tree.ranking_scale``."""
+        scale = ranking_scale(temperature[idx_mapping], self.coupled, self.model.config.greedy_scale)
         if not self.coupled:
-            request_temperature = temperature[idx_mapping]
-            return None, torch.where(request_temperature > 0, request_temperature, 1.0)
+            return None, scale
         # The row at position base + d is sampled with the noise of that position; its samples are the block's row d.
         positions = base.long()[:, None] + torch.arange(block_size, device=base.device)
-        return ops.gumbel_noise(seeds, temperature, positions, idx_mapping, self.vocab_size), None
+        return ops.gumbel_noise(seeds, temperature, positions, idx_mapping, self.vocab_size), scale
 
     def _build_trees(
         self,
         logits: torch.Tensor,
         anchor: torch.Tensor,
         noise: torch.Tensor | None,
-        scale: torch.Tensor | None,
+        scale: torch.Tensor,
         idx_mapping: torch.Tensor,
     ) -> torch.Tensor:
         """Logits [B, G, V] -> draft tokens [B, N]; stores the shapes."""
