@@ -7,12 +7,15 @@ then updates the request states and calls the speculator. Nothing here waits for
 """
 
 import torch
+from vllm.logger import init_logger
 from vllm.sampling_params import SamplingParams
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
 from vllm_kvspec.engine import ops
 from vllm_kvspec.engine.sampler import TreeRejectionSampler
 from vllm_kvspec.engine.target_kv import cache_classes, check_groups
+
+logger = init_logger("vllm.kvspec.runner")
 
 
 def needs_chain(params: SamplingParams | None) -> bool:
@@ -47,6 +50,19 @@ class KVSpecRunnerMixin:
             self.sampler, self.speculative_config, self.device, self.tree_state
         )
         self.speculator.set_sampler(self.rejection_sampler)
+        self._warn_if_budget_is_short()
+
+    def _warn_if_budget_is_short(self) -> None:
+        """A step that cannot hold every request's tree gets trimmed trees, and leaves the decode CUDA graphs."""
+        rows = self.max_num_reqs * (self.num_speculative_steps + 1)
+        if self.max_num_tokens < rows:
+            logger.warning(
+                "kvspec verifies %d rows when all %d requests have a tree, but max_num_batched_tokens is %d: trees will "
+                "be trimmed. Raise --max-num-batched-tokens, or lower --max-num-seqs or num_speculative_tokens.",
+                rows,
+                self.max_num_reqs,
+                self.max_num_tokens,
+            )
 
     def initialize_kv_cache(self, kv_cache_config, *args, **kwargs) -> None:
         check_groups(kv_cache_config)
