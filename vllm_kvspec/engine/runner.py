@@ -57,8 +57,8 @@ class KVSpecRunnerMixin:
         rows = self.max_num_reqs * (self.num_speculative_steps + 1)
         if self.max_num_tokens < rows:
             logger.warning(
-                "kvspec verifies %d rows when all %d requests have a tree, but max_num_batched_tokens is %d: trees will "
-                "be trimmed. Raise --max-num-batched-tokens, or lower --max-num-seqs or num_speculative_tokens.",
+                "kvspec verifies %d rows when all %d requests have a tree, but max_num_batched_tokens is %d: trees "
+                "will be trimmed. Raise --max-num-batched-tokens, or lower --max-num-seqs or num_speculative_tokens.",
                 rows,
                 self.max_num_reqs,
                 self.max_num_tokens,
