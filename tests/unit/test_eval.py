@@ -50,8 +50,8 @@ def test_free_run_jumps_over_accepted_tokens():
 
 def test_repeated_share():
     looping = Text([1, 2, 3] * 6, 3, 0)
-    assert repeated_share([looping], order=3) == pytest.approx(13 / 15)
-    assert repeated_share([Text(list(range(20)), 3, 0)], order=3) == 0
+    assert repeated_share(looping, order=3) == pytest.approx(13 / 15)
+    assert repeated_share(Text(list(range(20)), 3, 0), order=3) == 0
 
 
 def test_a_head_that_knows_the_text_is_accepted_everywhere(pair):
@@ -66,7 +66,8 @@ def test_a_head_that_knows_the_text_is_accepted_everywhere(pair):
         oracle.transition_out.weight.zero_()
         for token in range(7):
             oracle.transition_out.weight[(token + 1) % 7, token] = 1000.0
-    found = evaluate(oracle.eval(), target, [Text(ids, 2, 0)], [1, BLOCK, 8])
+    found, half = evaluate(oracle.eval(), target, [Text(ids, 2, 0)], [1, BLOCK, 8])
+    assert found == half
     assert found["chain"].tau == found["3"].tau == found["8"].tau == BLOCK + 1
     assert found["1"].tau == 2
     assert found["chain"].conditional == [1.0] * BLOCK
@@ -104,7 +105,7 @@ def test_coupling_makes_a_perfect_head_perfect_under_sampling(pair):
     with torch.no_grad():
         flat.lm_head.weight.zero_()
     head = KVSpecDraftModel(head_config_for(flat.config, draft_block_size=BLOCK, num_hidden_layers=1)).eval()
-    with_noise = evaluate(head, flat, [Text(ids, 1, 5)], [8], temperature=temperature, coupled=True)
-    without = evaluate(head, flat, [Text(ids, 1, 5)], [8], temperature=temperature, coupled=False)
+    with_noise, _ = evaluate(head, flat, [Text(ids, 1, 5)], [8], temperature=temperature, coupled=True)
+    without, _ = evaluate(head, flat, [Text(ids, 1, 5)], [8], temperature=temperature, coupled=False)
     assert with_noise["chain"].tau == BLOCK + 1
     assert without["chain"].tau < 2

@@ -39,14 +39,16 @@ def measure(
         texts = [text for text in texts if len(text.input_ids) - text.prompt_length > block]
         for coupled in (True, False) if temperature > 0 else (False,):
             options = {"temperature": temperature, "coupled": coupled, "beam": beam, "width": width}
-            found = evaluate(head, target, texts, num_nodes, **options)
+            found, less_repetitive = evaluate(head, target, texts, num_nodes, **options)
+            shares = [repeated_share(text) for text in texts]
             runs.append(
                 {
                     "temperature": temperature,
                     "coupled": coupled,
                     "texts": len(texts),
-                    "repeated_8gram_share": round(repeated_share(texts), 3),
+                    "repeated_8gram_share": round(sum(shares) / len(shares), 3),
                     "trees": {name: _rounded(acceptance) for name, acceptance in found.items()},
+                    "less_repetitive_half": {name: _rounded(half) for name, half in less_repetitive.items()},
                 }
             )
             _print_run(runs[-1])
@@ -71,6 +73,8 @@ def _rounded(acceptance: Acceptance) -> dict:
 
 def _print_run(run: dict) -> None:
     mode = "" if run["temperature"] == 0 else ", coupled" if run["coupled"] else ", uncoupled"
-    taus = "  ".join(f"{name} {tree['tau']:.2f}" for name, tree in run["trees"].items())
-    print(f"T={run['temperature']}{mode}: tau {taus}  ({run['texts']} texts, repeated {run['repeated_8gram_share']})")
+    print(f"T={run['temperature']}{mode}: {run['texts']} texts, repeated 8-grams {run['repeated_8gram_share']}")
+    for part in ("trees", "less_repetitive_half"):
+        taus = "  ".join(f"{name} {tree['tau']:.2f}" for name, tree in run[part].items())
+        print(f"  tau, {part.replace('_', ' ')}: {taus}")
     print(f"  a_k of the chain: {' '.join(f'{a:.2f}' for a in run['trees']['chain']['conditional'])}", flush=True)
