@@ -16,8 +16,7 @@ from vllm.v1.attention.backends.triton_attn import (
     TritonAttentionMetadataBuilder,
 )
 
-from vllm_kvspec.engine import ops
-from vllm_kvspec.engine.attention_cpu import refuse_attention_features
+from vllm_kvspec.engine.attention_shared import attend, refuse_attention_features
 from vllm_kvspec.engine.target_kv import split_kv
 from vllm_kvspec.engine.tree_state import TreeState
 
@@ -83,23 +82,7 @@ class TreeAttentionImpl(TritonAttentionImpl):
             )
         quantized = self.kv_cache_dtype.startswith("fp8")
         k_cache, v_cache = split_kv(kv_cache, self.head_size, self.fp8_dtype if quantized else None)
-        tokens = attn_metadata.num_actual_tokens
-        state = attn_metadata.tree_state
-        # sliding_window is (left, right) with left = W - 1, or (-1, -1) for full attention.
-        ops.tree_attention(
-            query[:tokens],
-            k_cache,
-            v_cache,
-            attn_metadata.block_table,
-            attn_metadata.query_start_loc,
-            attn_metadata.seq_lens,
-            state.batch_mask,
-            state.batch_len,
-            scale=self.scale,
-            max_query_len=attn_metadata.max_query_len,
-            sliding_window=self.sliding_window[0] + 1,
-            k_scale=layer._k_scale if quantized else 1.0,
-            v_scale=layer._v_scale if quantized else 1.0,
-            out=output[:tokens].view(tokens, self.num_heads, self.head_size),
-        )
+        scales = (layer._k_scale, layer._v_scale) if quantized else (1.0, 1.0)
+        # self.sliding_window is (left, right) with left = W - 1, or (-1, -1) for full attention.
+        attend(self, query, k_cache, v_cache, attn_metadata, self.sliding_window[0] + 1, output, *scales)
         return output

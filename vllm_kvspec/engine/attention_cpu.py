@@ -20,7 +20,7 @@ from vllm.v1.attention.backend import (
     MultipleOf,
 )
 
-from vllm_kvspec.engine import ops
+from vllm_kvspec.engine.attention_shared import attend, refuse_attention_features
 from vllm_kvspec.engine.target_kv import split_kv
 from vllm_kvspec.engine.tree_state import TreeState
 
@@ -140,38 +140,5 @@ class CPUTreeAttentionImpl(AttentionImpl):
         """query [num_tokens, num_heads, head_dim] -> output of the same shape, in place."""
         if attn_metadata is None:
             return output.fill_(0)
-        k_cache, v_cache = split_kv(kv_cache, self.head_size)
-        tokens = attn_metadata.num_actual_tokens
-        state = attn_metadata.tree_state
-        ops.tree_attention(
-            query[:tokens],
-            k_cache,
-            v_cache,
-            attn_metadata.block_table,
-            attn_metadata.query_start_loc,
-            attn_metadata.seq_lens,
-            state.batch_mask,
-            state.batch_len,
-            scale=self.scale,
-            max_query_len=attn_metadata.max_query_len,
-            sliding_window=self.sliding_window,
-            out=output[:tokens].view(tokens, self.num_heads, self.head_size),
-        )
+        attend(self, query, *split_kv(kv_cache, self.head_size), attn_metadata, self.sliding_window, output)
         return output
-
-
-def refuse_attention_features(alibi_slopes, logits_soft_cap, attn_type, kv_sharing_target_layer_name, sinks) -> None:
-    """Raise ValueError for what the tree attention kernel does not compute."""
-    found = {
-        "ALiBi": alibi_slopes is not None,
-        "attention logit soft-capping": bool(logits_soft_cap),
-        f"{attn_type} attention": attn_type != AttentionType.DECODER,
-        "KV sharing between layers": kv_sharing_target_layer_name is not None,
-        "attention sinks": sinks is not None,
-    }
-    for feature, present in found.items():
-        if present:
-            raise ValueError(
-                f"kvspec's tree attention needs plain decoder attention; this model has {feature}. "
-                "Serve it without kvspec."
-            )

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the CUDA and the CPU attention backends share: the call of the tree attention op, and what it cannot compute."""
+
+import torch
+from vllm.v1.attention.backend import AttentionImpl, AttentionType
+
+from vllm_kvspec.engine import ops
+
+
+def attend(
+    impl: AttentionImpl,
+    query: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    metadata,
+    sliding_window: int,
+    output: torch.Tensor,
+    k_scale: float | torch.Tensor = 1.0,
+    v_scale: float | torch.Tensor = 1.0,
+) -> None:
+    """Write the attention of a batch's rows, on trees or not, to ``output`` [num_tokens, num_heads, head_dim].
+
+    ``query`` has that shape too; ``k_cache`` and ``v_cache`` are [num_blocks, block_size, num_kv_heads, head_dim].
+    ``metadata`` has vLLM's fields and ``tree_state``. ``sliding_window`` is in tokens, 0 for full attention.
+    """
+    tokens = metadata.num_actual_tokens
+    ops.tree_attention(
+        query[:tokens],
+        k_cache,
+        v_cache,
+        metadata.block_table,
+        metadata.query_start_loc,
+        metadata.seq_lens,
+        metadata.tree_state.batch_mask,
+        metadata.tree_state.batch_len,
+        scale=impl.scale,
+        max_query_len=metadata.max_query_len,
+        sliding_window=sliding_window,
+        k_scale=k_scale,
+        v_scale=v_scale,
+        out=output[:tokens].view(tokens, impl.num_heads, impl.head_size),
+    )
+
+
+def refuse_attention_features(alibi_slopes, logits_soft_cap, attn_type, kv_sharing_target_layer_name, sinks) -> None:
+    """Raise ValueError for what the tree attention kernel does not compute."""
+    found = {
+        "ALiBi": alibi_slopes is not None,
+        "attention logit soft-capping": bool(logits_soft_cap),
+        f"{attn_type} attention": attn_type != AttentionType.DECODER,
+        "KV sharing between layers": kv_sharing_target_layer_name is not None,
+        "attention sinks": sinks is not None,
+    }
+    for feature, present in found.items():
+        if present:
+            raise ValueError(
+                f"kvspec's tree attention needs plain decoder attention; this model has {feature}. "
+                "Serve it without kvspec."
+            )
