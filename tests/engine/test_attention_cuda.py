@@ -11,6 +11,7 @@ import torch
 
 # isort: off
 import vllm.v1.worker.cpu.shm  # noqa: F401
+from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.attention.backends.triton_attn import TritonAttentionImpl, TritonAttentionMetadata
 from vllm.v1.attention.backends.triton_attn import TritonAttentionMetadataBuilder
 
@@ -64,6 +65,11 @@ def impl(sliding_window: int | None = None) -> TreeAttentionImpl:
     return TreeAttentionImpl(HEADS, DIM, DIM**-0.5, KV_HEADS, None, sliding_window, "auto")
 
 
+def test_only_uniform_graphs():
+    """A full graph of mixed lengths would hold whichever kernel it was captured with."""
+    assert TreeAttentionMetadataBuilder.get_cudagraph_support(None, None) is AttentionCGSupport.UNIFORM_BATCH
+
+
 def test_names():
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
@@ -103,6 +109,8 @@ def test_tree_rows(build, state, window):
     ("query_len", "has_drafts", "only_chains", "tree_kernel"),
     [
         pytest.param(NODES + 1, False, False, True, id="uniform-decode-graph"),
+        pytest.param(NODES, False, False, True, id="shorter-decode-graph"),
+        pytest.param(1, False, False, False, id="plain-decode"),
         pytest.param(9, True, False, True, id="mixed-with-drafts"),
         pytest.param(9, False, False, False, id="prompt-only"),
         pytest.param(NODES + 1, True, True, False, id="chains-only"),

@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention backend for CUDA: vLLM's Triton backend, with tree rows through our kernel.
 
-Cache layout, cache update and CUDA-graph support are inherited. Batches without drafts, and engines that only propose
-chains, run the stock kernel. A uniform decode graph of N+1 rows a request always holds the tree kernel: whether a row
-is on a tree is data (``batch_len``).
+Cache layout and cache update are inherited. Batches without drafts, and engines that only propose chains, run the stock
+kernel. A CUDA graph of a uniform decode batch, n+1 rows a request, always holds the tree kernel: whether a row is on a
+tree is data (``batch_len``). Batches of mixed lengths run piecewise or eagerly.
 """
 
 from dataclasses import dataclass, fields
+from typing import ClassVar
 
 import torch
+from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.attention.backends.triton_attn import (
     TritonAttentionBackend,
     TritonAttentionImpl,
@@ -28,13 +30,17 @@ class TreeAttentionMetadata(TritonAttentionMetadata):
 
 
 class TreeAttentionMetadataBuilder(TritonAttentionMetadataBuilder):
+    # A graph of mixed lengths would be captured without drafts, hence with the stock kernel, and replayed with them.
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_BATCH
     # Set by the runner once the KV caches exist.
     tree_state: TreeState
 
     def build(self, common_prefix_len: int, common_attn_metadata, fast_build: bool = False) -> TreeAttentionMetadata:
         stock = super().build(common_prefix_len, common_attn_metadata, fast_build)
         rows = self.tree_state.num_nodes + 1
-        uniform = stock.max_query_len == rows and stock.num_actual_tokens == rows * stock.seq_lens.shape[0]
+        length = stock.max_query_len
+        # Also shorter ones: vLLM can schedule a prefix of the nodes, and captures graphs for it.
+        uniform = 1 < length <= rows and stock.num_actual_tokens == length * stock.seq_lens.shape[0]
         metadata = TreeAttentionMetadata(**{f.name: getattr(stock, f.name) for f in fields(stock)})
         branches = not self.tree_state.only_chains and (uniform or self.tree_state.has_drafts)
         metadata.tree_state = self.tree_state if branches else None

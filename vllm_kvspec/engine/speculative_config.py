@@ -13,6 +13,7 @@ from vllm.platforms import current_platform
 
 from vllm_kvspec import __version__
 from vllm_kvspec.config import KVSpecDraftConfig, check_fingerprint, target_fingerprint
+from vllm_kvspec.engine.backend_registry import register_cuda_backend
 from vllm_kvspec.tree import MAX_NODES, check_parents, depths, num_candidates, parents_from_widths
 
 logger = init_logger("vllm.kvspec.config")
@@ -150,9 +151,11 @@ class KVSpecConfig(SpeculativeConfig):
         check_parents(self.tree)
         return self.tree
 
-    def compute_hash(self) -> str:
-        """The target's graph does not depend on the head or the tree, only on the inherited fields."""
-        return super().compute_hash()
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Unpickled in the engine core and the workers: each may resolve the attention backend by its name."""
+        self.__dict__.update(state)
+        if not current_platform.is_cpu():
+            register_cuda_backend()
 
     def __repr__(self) -> str:
         return (
@@ -262,8 +265,6 @@ def select_attention_backend(engine_args: Any) -> None:
     """Choose our tree attention backend on CUDA. On CPU the worker overrides CPU_ATTN. Raises ValueError."""
     if current_platform.is_cpu():
         return
-    from vllm_kvspec.engine.backend_registry import register_cuda_backend
-
     asked = engine_args.attention_backend or engine_args.attention_config.backend
     name = getattr(asked, "name", asked)
     if name is not None and str(name).upper() not in ("AUTO", "CUSTOM"):
