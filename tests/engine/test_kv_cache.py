@@ -35,7 +35,7 @@ def test_equals_a_plain_forward(reference, oracle_file, make_engine, spec):
         # The last sampled token was never an input, so it has no KV.
         length = len(tokens) - 1
         context = runner.compilation_config.static_forward_context
-        layers = layers_by_index(runner.kv_cache_config, context)
+        layers = layers_by_index(runner.kv_cache_config)
         # The only request so far: its blocks are still listed in the row it had.
         row = next(r for r in range(runner.max_num_reqs) if runner.block_tables.num_blocks.np[0, r] > 0)
         blocks = runner.block_tables.block_tables[0].gpu[row].long()

@@ -38,7 +38,7 @@ def _compile(capability: int, selection: str) -> list[dict]:
 @pytest.mark.parametrize("selection", ["core", pytest.param("all", marks=pytest.mark.slow)])
 def test_kernels_compile_without_spills(request, capability, selection):
     if selection == "all" and "slow" not in request.config.option.markexpr:
-        pytest.skip("a minute per architecture: pytest -m slow")
+        pytest.skip(reason="a minute per architecture: pytest -m slow")
     records = _compile(capability, selection)
     assert {record["kernel"] for record in records} == KERNELS
     for record in records:

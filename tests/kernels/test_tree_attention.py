@@ -168,7 +168,7 @@ def test_block_stride_beyond_31_bits(device):
     try:
         raw = torch.empty((far + 1) * block_size * dim, dtype=torch.float16, device=device)
     except RuntimeError:
-        pytest.skip("needs 4.3 GB of (untouched) address space")
+        pytest.skip(reason="needs 4.3 GB of (untouched) address space")
     cache = raw.view(far + 1, block_size, 1, dim)
     rows = torch.randn(20, 1, dim, device=device).half()
     cache[far, :, 0], cache[2, :4, 0] = rows[:16, 0], rows[16:, 0]

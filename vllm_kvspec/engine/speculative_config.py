@@ -168,7 +168,6 @@ def load_head_config(model: str | None, revision: str | None) -> KVSpecDraftConf
     """The head's config.json, with its weight files' headers checked when they are local. Raises ValueError."""
     if not model:
         raise ValueError('kvspec needs a draft head: give "model", a head\'s directory or repository; found none.')
-    AutoConfig.register(KVSpecDraftConfig.model_type, KVSpecDraftConfig, exist_ok=True)
     try:
         head = AutoConfig.from_pretrained(model, revision=revision)
     except (OSError, ValueError, KeyError) as error:

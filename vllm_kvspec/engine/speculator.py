@@ -51,7 +51,7 @@ class KVSpecSpeculator(DraftModelSpeculator):
 
     def bind_target_kv(self, kv_cache_config, static_forward_context: dict) -> None:
         """Find the target layers the head reads. Called whenever KV caches are (re)allocated. Raises ValueError."""
-        names = layers_by_index(kv_cache_config, static_forward_context)
+        names = layers_by_index(kv_cache_config)
         wanted = self.model.config.target_kv_layer_ids
         if missing := [i for i in wanted if i not in names]:
             raise ValueError(
@@ -108,7 +108,7 @@ class KVSpecSpeculator(DraftModelSpeculator):
         logits = self.target_model.compute_logits(hidden.flatten(0, 1)).view(num_reqs, hidden.shape[1], -1)
         logits = logits[..., : self.vocab_size]
         noise, scale = self._noise(base, idx_mapping, temperature, seeds, logits.shape[1])
-        return self._build_trees(logits, anchor, noise, scale, idx_mapping)
+        return self._build_trees(logits, anchor, noise, scale, input_batch)
 
     def _last_accepted_rows(self, input_batch: InputBatch, num_sampled: torch.Tensor) -> torch.Tensor:
         """Row of the hidden states at position base - 1: the node whose sample became the anchor. int64 [B]."""
@@ -141,9 +141,10 @@ class KVSpecSpeculator(DraftModelSpeculator):
         anchor: torch.Tensor,
         noise: torch.Tensor | None,
         scale: torch.Tensor,
-        idx_mapping: torch.Tensor,
+        input_batch: InputBatch,
     ) -> torch.Tensor:
         """Logits [B, G, V] -> draft tokens [B, N]; stores the shapes."""
+        idx_mapping = input_batch.idx_mapping
         transition = (self.model.transition_in.weight, self.model.transition_out.weight)
         inputs = (logits, anchor, *transition, noise, scale)
         if self.parents is None:
@@ -151,23 +152,23 @@ class KVSpecSpeculator(DraftModelSpeculator):
             candidates = expand_tree(*inputs, beam=self.beam, width=self.tree_width, chain=chain)
             tokens, *shape = ops.tree_build(*candidates, self.num_speculative_steps)
         else:
-            tokens, *shape = self._fixed_trees(inputs, idx_mapping)
+            tokens, *shape = self._fixed_trees(inputs, input_batch)
         self.state.store(idx_mapping, *shape)
         return tokens
 
-    def _fixed_trees(self, inputs: tuple, idx_mapping: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def _fixed_trees(self, inputs: tuple, input_batch: InputBatch) -> tuple[torch.Tensor, ...]:
         """Tokens, parent, depth, mask: the user's fixed shape, and chains for the requests that need one."""
-        batch = idx_mapping.shape[0]
+        batch = input_batch.num_reqs
         tokens = expand_fixed(*inputs, parents=self.parents)
         fixed = (tokens, *(t.expand(batch, -1) for t in (self.fixed_parent, self.fixed_depth, self.fixed_mask)))
-        if not self.state.any_chain:
+        if not self.state.any_chain(input_batch.idx_mapping_np):
             return fixed
         score, token, parent = expand_tree(*inputs, beam=1, width=1)
         # Positions beyond the block carry no scores: -inf candidates continue the chain.
         missing = max(0, self.num_speculative_steps - score.shape[1])
         padded = (pad(score, (0, missing), value=float("-inf")), pad(token, (0, missing)), pad(parent, (0, missing)))
         chains = ops.tree_build(*padded, self.num_speculative_steps)
-        is_chain = (self.state.chain.gpu[idx_mapping] != 0)[:, None]
+        is_chain = (self.state.chain.gpu[input_batch.idx_mapping] != 0)[:, None]
         return tuple(torch.where(is_chain, chain, other) for chain, other in zip(chains, fixed, strict=True))
 
     def _propose_test_trees(self, idx_mapping: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,7 @@ K then V in the last dimension, under whatever strides its layout has.
 from dataclasses import dataclass
 
 import torch
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, MLAAttentionSpec, SlidingWindowSpec
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, SlidingWindowSpec
 
 from vllm_kvspec.kernels.kv_compact import kv_base_ptrs
 
@@ -45,14 +45,15 @@ def check_groups(kv_cache_config: KVCacheConfig) -> None:
     """Raise ValueError unless every layer caches plain K and V for full or sliding-window attention."""
     for group in kv_cache_config.kv_cache_groups:
         spec = group.kv_cache_spec
-        if type(spec) not in (FullAttentionSpec, SlidingWindowSpec) or isinstance(spec, MLAAttentionSpec):
+        # Their subclasses (latent attention, sinks) cache something else.
+        if type(spec) not in (FullAttentionSpec, SlidingWindowSpec):
             raise ValueError(
                 "kvspec needs every target layer to cache plain K and V for full or sliding-window attention; found "
                 f"{type(spec).__name__} for {group.layer_names[0]}. Serve this model without kvspec."
             )
 
 
-def layers_by_index(kv_cache_config: KVCacheConfig, static_forward_context: dict) -> dict[int, tuple[str, int]]:
+def layers_by_index(kv_cache_config: KVCacheConfig) -> dict[int, tuple[str, int]]:
     """Target layer number -> (attention layer name, KV cache group)."""
     from vllm.model_executor.models.utils import extract_layer_index
 

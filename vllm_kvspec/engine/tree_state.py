@@ -42,10 +42,9 @@ class TreeState:
         # Host-side: does this step verify drafts? Decides which attention kernel runs outside full CUDA graphs.
         self.has_drafts = False
 
-    @property
-    def any_chain(self) -> bool:
-        """Whether any request-state row asks for a chain. Host-side; rows of finished requests may still say so."""
-        return bool(self.chain.np.any())
+    def any_chain(self, rows: np.ndarray) -> bool:
+        """Whether any of the requests in ``rows`` must get a chain. Known on the host."""
+        return bool(self.chain.np[rows].any())
 
     def add_requests(self, rows: list[int], chain: list[bool]) -> None:
         """Forget the trees of earlier owners of ``rows``: a padded first step must see a chain."""
