@@ -2,21 +2,28 @@
 """Text that the target wrote itself: prompts cut from given texts, continued by the target, kept as jsonl.
 
 A head learns what its target says next, so it must be trained on the target's own words. One row of the written file is
-``{"input_ids": [...], "prompt_length": n, "temperature": t}``. The texts come as jsonl rows with ``text``, or with
-``messages`` (chats, whose last answer is what the target writes again).
+``{"input_ids": [...], "loss_mask": [0 or 1, ...], "temperature": t}``; the mask is 1 where the target wrote the token.
+The texts come as jsonl rows with ``text``, or with ``messages`` (chats, whose last answer is what the target writes
+again).
 """
 
 import json
+import logging
 import random
 from collections.abc import Iterable, Iterator
+from itertools import groupby
 from pathlib import Path
 
 import torch
 from datasets import Dataset, load_dataset
+from datasets.exceptions import DatasetGenerationError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 # A character budget per token, generous for any tokenizer: only the first tokens of a cut text become the prompt.
 CHARACTERS_PER_TOKEN = 16
+ROW_KEYS = ("input_ids", "loss_mask", "temperature")
 
 
 def load_texts(paths: list[str]) -> Dataset:
@@ -122,7 +129,8 @@ def generate_rows(
         chunk, temperature = prompts[first : first + batch_size], temperatures[index % len(temperatures)]
         rows = continue_prompts(target, tokenizer, chunk, max_new_tokens=max_new_tokens, temperature=temperature)
         for prompt, ids in zip(chunk, rows, strict=True):
-            yield {"input_ids": ids, "prompt_length": len(prompt), "temperature": temperature}
+            mask = [0] * len(prompt) + [1] * (len(ids) - len(prompt))
+            yield {"input_ids": ids, "loss_mask": mask, "temperature": float(temperature)}
 
 
 def write_rows(rows: Iterable[dict], path: Path) -> int:
@@ -137,18 +145,115 @@ def write_rows(rows: Iterable[dict], path: Path) -> int:
     return count
 
 
-def load_rows(paths: list[str], block_size: int) -> Dataset:
-    """Rows written by ``write_rows``, without those too short for one block."""
-    rows = load_dataset("json", data_files=paths, split="train")
-    return rows.filter(lambda row: len(row["input_ids"]) - row["prompt_length"] >= block_size)
+def sidecar_path(path: Path) -> Path:
+    """Where the record of how a file of rows was made stands: ``rows.jsonl.json`` beside ``rows.jsonl``."""
+    return path.with_name(path.name + ".json")
+
+
+def longest_stretch(loss_mask: list[int]) -> int:
+    """Length of the longest run of ones."""
+    return max((len(list(run)) for value, run in groupby(loss_mask) if value), default=0)
+
+
+def load_rows(
+    paths: list[str], block_size: int, *, tokenizer_sha256: str | None = None, max_length: int | None = None
+) -> Dataset:
+    """Training rows of ``paths`` with ``input_ids``, ``loss_mask`` and ``temperature`` (1.0 where it is not given).
+
+    Rows without ``block_size`` consecutive tokens to learn from, and rows longer than ``max_length`` tokens, are
+    dropped and counted in the log. ``tokenizer_sha256`` (``config.tokenizer_sha256``) is compared with the record
+    beside each file, where there is one. Raises ValueError for files that are not whole, not of this form, of another
+    tokenizer, or of which nothing is left.
+    """
+    for path in map(Path, paths):
+        _check_whole(path)
+        _check_tokenizer(path, tokenizer_sha256)
+    try:
+        rows = load_dataset("json", data_files=paths, split="train")
+    except DatasetGenerationError as error:
+        raise ValueError(
+            f"Training rows must be jsonl, one object a line; {paths} could not be read ({error.__cause__ or error}). "
+            "Write them with `vllm-kvspec prepare`."
+        ) from error
+    if missing := {"input_ids", "loss_mask"} - set(rows.column_names):
+        raise ValueError(
+            f"Training rows must have input_ids and loss_mask; {paths} has no {', '.join(sorted(missing))} but "
+            f"{rows.column_names}. Write them with `vllm-kvspec prepare`."
+        )
+    dropped = {"short": 0, "long": 0}
+    kept = [i for i, row in enumerate(rows) if _usable(row, i, block_size, max_length, dropped)]
+    problem = f"{dropped['short']} have no {block_size} consecutive tokens to learn from"
+    if max_length is not None:
+        problem += f", {dropped['long']} are longer than the {max_length} tokens of the context"
+    if not kept:
+        raise ValueError(
+            f"Training needs at least one usable row; of the {len(rows)} in {paths} {problem}. "
+            "Prepare longer answers (--max_new_tokens) within the context."
+        )
+    if len(kept) < len(rows):
+        logger.warning("%d of %d training rows are left out: %s.", len(rows) - len(kept), len(rows), problem)
+    return rows.select(kept).select_columns([c for c in ROW_KEYS if c in rows.column_names])
+
+
+def _usable(row: dict, index: int, block_size: int, max_length: int | None, dropped: dict[str, int]) -> bool:
+    """Whether a row can be trained on; if not, it is counted in ``dropped``."""
+    if len(row["input_ids"]) != len(row["loss_mask"]):
+        raise ValueError(
+            f"A row's input_ids and loss_mask must be equally long; row {index} has {len(row['input_ids'])} and "
+            f"{len(row['loss_mask'])}. Write the rows with `vllm-kvspec prepare`."
+        )
+    if max_length is not None and len(row["input_ids"]) > max_length:
+        dropped["long"] += 1
+    elif longest_stretch(row["loss_mask"]) < block_size:
+        dropped["short"] += 1
+    else:
+        return True
+    return False
+
+
+def _check_whole(path: Path) -> None:
+    """Raise ValueError when ``path`` is missing, empty, or ends in the middle of a row."""
+    if not path.is_file() or not path.stat().st_size:
+        found = "an empty file" if path.is_file() else "no file"
+        raise ValueError(f"Training rows must be in {path}, found {found}; write them with `vllm-kvspec prepare`.")
+    with path.open("rb") as file:
+        *_, last = file
+    try:
+        json.loads(last)
+    except ValueError as error:
+        raise ValueError(
+            f"The last line of {path} must be a whole row, found {len(last)} bytes that are not; run the same "
+            "`vllm-kvspec prepare` again to finish the file."
+        ) from error
+
+
+def _check_tokenizer(path: Path, wanted: str | None) -> None:
+    """Raise ValueError when the record beside ``path`` names another tokenizer than ``wanted``."""
+    sidecar = sidecar_path(path)
+    if wanted is None or not sidecar.is_file():
+        return
+    target = json.loads(sidecar.read_text())["target"]
+    if target["tokenizer_sha256"] != wanted:
+        raise ValueError(
+            f"Rows must be prepared with the tokenizer of the target they train for; {path} was made with "
+            f"{target['name_or_path']}, whose tokenizer is another. Prepare the rows with this target."
+        )
 
 
 def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
-    """Pad rows on the right: ``input_ids`` [B, S] int64; ``lengths``, ``prompt_lengths``, ``temperatures`` [B]."""
-    input_ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row["input_ids"]) for row in rows], batch_first=True)
+    """Pad rows on the right.
+
+    ``input_ids`` [B, S] int64, ``loss_mask`` [B, S] bool (False in the padding), ``lengths`` [B] int64 and
+    ``temperatures`` [B] float32 (1 where a row has none).
+    """
+
+    def padded(key: str, dtype: torch.dtype) -> torch.Tensor:
+        return torch.nn.utils.rnn.pad_sequence([torch.tensor(row[key], dtype=dtype) for row in rows], batch_first=True)
+
+    temperatures = [row.get("temperature") for row in rows]
     return {
-        "input_ids": input_ids,
+        "input_ids": padded("input_ids", torch.int64),
+        "loss_mask": padded("loss_mask", torch.bool),
         "lengths": torch.tensor([len(row["input_ids"]) for row in rows]),
-        "prompt_lengths": torch.tensor([row["prompt_length"] for row in rows]),
-        "temperatures": torch.tensor([float(row["temperature"]) for row in rows]),
+        "temperatures": torch.tensor([1.0 if t is None else float(t) for t in temperatures]),
     }
