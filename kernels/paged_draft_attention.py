@@ -3,10 +3,11 @@
 
     out[b, g] = softmax(scale * q[b, g] . [K_context, K_block])[V_context, V_block]
 
-Every query row of a request sees the same context (up to the sliding window) and the whole block, so the G query
-positions times the query heads of one KV head form one tile: each KV byte is read once per KV head (per 128 rows if
-there are more). Small batches are cut along the context into SPLITS programs (flash-decoding) whose results are merged
-by a second, tiny kernel; the first split also takes the block's own keys. Not supported: ALiBi, softcap, sinks.
+Every query row of a request sees the same context (up to the sliding window) and the whole block, or with CAUSAL the
+block up to its own row, so the G query positions times the query heads of one KV head form one tile: each KV byte is
+read once per KV head (per 128 rows if there are more). Small batches are cut along the context into SPLITS programs
+(flash-decoding) whose results are merged by a second, tiny kernel; the first split also takes the block's own keys. Not
+supported: ALiBi, softcap, sinks.
 """
 
 import torch
@@ -68,6 +69,7 @@ def _paged_draft_attention_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     WINDOW: tl.constexpr,
+    CAUSAL: tl.constexpr,
     K_SCALE_TENSOR: tl.constexpr,
     V_SCALE_TENSOR: tl.constexpr,
     SPLITS: tl.constexpr,
@@ -143,6 +145,8 @@ def _paged_draft_attention_kernel(
         k = tl.load(k_block_ptr + k_row[None, :] + dim[:, None], mask=k_mask, other=0.0)
         v = tl.load(v_block_ptr + v_row[:, None] + dim[None, :], mask=v_mask, other=0.0)
         visible = in_block[None, :] & live[:, None]
+        if CAUSAL:
+            visible = visible & (key[None, :] <= g[:, None])
         row_max, row_sum, acc = softmax_step(q, k, v, visible, row_max, row_sum, acc, qk_scale, True)
 
     out_offset = b * stride_out_b + g.to(tl.int64) * stride_out_g + head * stride_out_h
@@ -164,6 +168,7 @@ def paged_draft_attention(
     *,
     scale: float,
     sliding_window: int = 0,
+    causal: bool = False,
     k_scale: float | torch.Tensor = 1.0,
     v_scale: float | torch.Tensor = 1.0,
     out: torch.Tensor,
@@ -210,6 +215,7 @@ def paged_draft_attention(
         BLOCK_ROWS=block_rows,
         BLOCK_SIZE=block_size,
         WINDOW=sliding_window,
+        CAUSAL=causal,
         K_SCALE_TENSOR=torch.is_tensor(k_scale),
         V_SCALE_TENSOR=torch.is_tensor(v_scale),
         SPLITS=splits,

@@ -260,6 +260,7 @@ def paged_draft_attention(
     *,
     scale: float,
     sliding_window: int = 0,
+    causal: bool = False,
     k_scale: float | torch.Tensor = 1.0,
     v_scale: float | torch.Tensor = 1.0,
     out: torch.Tensor,
@@ -267,8 +268,8 @@ def paged_draft_attention(
     """Attention of the draft head's block over the target's paged KV plus the block's own, uncached K/V.
 
     Every one of the G query rows of request b sees the context keys ``[0, context_lens[b])`` and all G rows of its own
-    block, in one softmax. With ``sliding_window`` W > 0 query g (at position ``context_len + g``) sees context key j
-    iff ``context_len + g - j < W``; the block stays visible.
+    block (with ``causal``, query g only rows 0..g), in one softmax. With ``sliding_window`` W > 0 query g (at position
+    ``context_len + g``) sees context key j iff ``context_len + g - j < W``; the window hides no row of the block.
 
     Args:
         q: ``[B, G, Hq, D]``.
@@ -278,6 +279,7 @@ def paged_draft_attention(
         k_block, v_block: ``[B, G, Hkv, D]``.
         scale: factor of the scores.
         sliding_window: W in tokens, 0 for none.
+        causal: whether a block row sees only itself and earlier rows of its block.
         k_scale, v_scale: factors of the cached keys and values (not of the block's), float or 1-element tensor.
         out: ``[B, G, Hq, D]``, written.
 
@@ -291,9 +293,11 @@ def paged_draft_attention(
         k = _gather_paged(k_cache, block_table[b], first, context_len, q.dtype, k_scale)
         v = _gather_paged(v_cache, block_table[b], first, context_len, q.dtype, v_scale)
         visible = None
-        if sliding_window > 0:
-            keys = torch.arange(first, context_len + block_rows, device=q.device)
-            visible = (context_len + rows[:, None] - keys < sliding_window) | (keys >= context_len)
+        if sliding_window > 0 or causal:
+            row, key = context_len + rows[:, None], torch.arange(first, context_len + block_rows, device=q.device)
+            in_context = (row - key < sliding_window) | (sliding_window == 0)
+            in_block = (key <= row) | (not causal)
+            visible = torch.where(key < context_len, in_context, in_block)
         k, v = torch.cat([k, k_block[b].to(k.dtype)]), torch.cat([v, v_block[b].to(v.dtype)])
         out[b] = _attend(q[b], k, v, visible, scale)
     return out

@@ -16,7 +16,7 @@ def relative_error(ours: torch.Tensor, truth: torch.Tensor) -> float:
     return ((ours.double() - truth.double()).norm() / truth.double().norm()).item()
 
 
-def _dense(dense, case, paged, window, scale):
+def _dense(dense, case, paged, window, scale, causal=False):
     q, block_k, block_v, lens = case
     truth = torch.empty_like(q, dtype=torch.float64)
     rows = torch.arange(q.shape[1], device=q.device)
@@ -24,6 +24,8 @@ def _dense(dense, case, paged, window, scale):
         k, v = torch.cat([paged.keys[b], block_k[b]]), torch.cat([paged.values[b], block_v[b]])
         j = torch.arange(n + len(rows), device=q.device)
         visible = (j >= n) | (n + rows[:, None] - j < window) if window else torch.ones(len(rows), len(j)).bool()
+        if causal:
+            visible = visible.to(q.device) & (j <= n + rows[:, None])
         truth[b] = dense(q[b], k, v, visible.to(q.device), scale)
     return truth
 
@@ -65,6 +67,26 @@ def test_kernel_and_twin_match_float64(
         out = torch.full_like(case[0], float("nan"))
         assert attention(*args, scale=dim**-0.5, sliding_window=window, out=out) is out
         assert relative_error(out, truth) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("splits", [1, 4])
+@pytest.mark.parametrize(
+    ("lens", "g", "heads", "kv_heads", "window"),
+    [
+        pytest.param([0, 70, 16], 8, 6, 2, 0, id="group3-ctx0"),
+        pytest.param([75, 3], 5, 4, 2, 20, id="window20"),
+        pytest.param([40], 20, 16, 1, 0, id="320-rows-several-row-tiles"),
+        pytest.param([33], 1, 4, 1, 0, id="one-row"),
+    ],
+)
+def test_causal_block(monkeypatch, make_paged, dense, device, lens, g, heads, kv_heads, window, splits):
+    monkeypatch.setattr(module, "num_splits", lambda *_: splits)
+    paged, case, args = _case(make_paged, device, lens, g, heads, kv_heads, 64, 16, torch.float32, HND, window)
+    truth = _dense(dense, case, paged, window, 0.125, causal=True)
+    for attention in (paged_draft_attention, reference.paged_draft_attention):
+        out = torch.full_like(case[0], float("nan"))
+        attention(*args, scale=0.125, sliding_window=window, causal=True, out=out)
+        assert relative_error(out, truth) < TOLERANCE[torch.float32]
 
 
 @pytest.mark.parametrize("as_tensor", [False, True])
