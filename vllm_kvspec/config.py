@@ -11,14 +11,15 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-CONTEXTS = ("kv", "hybrid")
+CONTEXTS = ("hidden", "kv", "hybrid")
+FUSIONS = ("direct", "concat", "projection", "projection_rope", "gated")
+DRAFTINGS = ("block", "autoregressive")
 # Written beside our own keys, so that tools which know the speculators format can read the checkpoint. All are derived.
 SPECULATORS_KEYS = (
     "speculators_model_type",
     "speculators_version",
     "speculators_config",
     "transformer_layer_config",
-    "draft_vocab_size",
 )
 SPECULATORS_VERSION = "0.9.0"
 # Where a target came from and what its class is called do not change its KV cache.
@@ -28,18 +29,33 @@ NOT_COMPARED = ("name_or_path", "architectures")
 class KVSpecDraftConfig(PreTrainedConfig):
     """Shape of a draft head.
 
-    ``context`` says what conditions the head: ``"kv"`` (the target's KV cache only) or ``"hybrid"`` (also the target's
-    last hidden state before the anchor). ``draft_block_size`` is the number of positions scored in one pass,
-    ``target_kv_layer_ids[i]`` the target layer whose KV head layer ``i`` reads. ``greedy_scale`` divides the head's
-    logits when a tree for greedy decoding is ranked (``tree.ranking_scale``). Everything that shapes queries, keys and
-    values equals the target's. Raises ValueError for shapes that no head can have.
+    ``context`` says what conditions the head: ``"kv"`` (the target's KV cache only), ``"hybrid"`` (also the target's
+    last hidden state before the anchor), or ``"hidden"`` (as EAGLE-3: no target KV; the hidden states after the target
+    layers ``aux_hidden_state_layer_ids``, and context keys and values of the head's own).
+
+    ``fusion`` says how a layer reads the target's KV: ``"direct"`` (head layer ``i`` reads target layer
+    ``target_kv_layer_ids[i]`` as it lies in the cache), or one of KVShot's (arXiv 2604.26412, section 3), where
+    ``target_kv_layer_ids`` are read together: ``"concat"`` (side by side on the head axis), ``"projection"`` (a learned
+    mix of the layers), ``"projection_rope"`` (the same, with the rotation undone before and redone after); or
+    ``"gated"`` (its gated delta between an EAGLE-3 layer and direct cross-attention; hybrid, one layer).
+
+    ``drafting`` says how a block of ``draft_block_size`` positions is scored: ``"block"`` (one pass, learned inputs
+    after the anchor) or ``"autoregressive"`` (row d's input is the token at ``base + d``).
+
+    ``transition_rank`` 0 means no transition bias. ``draft_vocab_size`` below ``vocab_size`` means that the head scores
+    a part of the vocabulary. ``greedy_scale`` divides the head's logits when a tree for greedy decoding is ranked
+    (``tree.ranking_scale``). Everything that shapes queries, keys and values equals the target's. Raises ValueError for
+    shapes that no head can have.
     """
 
     model_type = "kvspec"
 
     context: str = "hybrid"
+    fusion: str = "direct"
+    drafting: str = "block"
     draft_block_size: int = 8
     target_kv_layer_ids: list[int] | None = None
+    aux_hidden_state_layer_ids: list[int] | None = None
     hidden_size: int = 64
     intermediate_size: int = 128
     num_hidden_layers: int = 2
@@ -54,6 +70,7 @@ class KVSpecDraftConfig(PreTrainedConfig):
     transition_rank: int = 64
     greedy_scale: float = 0.5
     vocab_size: int = 256
+    draft_vocab_size: int | None = None
     max_position_embeddings: int = 1024
     tie_word_embeddings: bool = False
     initializer_range: float = 0.02
@@ -65,37 +82,75 @@ class KVSpecDraftConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         self.architectures = self.architectures or ["KVSpecDraftModel"]
         if self.target_kv_layer_ids is None:
-            self.target_kv_layer_ids = list(range(self.num_hidden_layers))
+            self.target_kv_layer_ids = [] if self.context == "hidden" else list(range(self.num_hidden_layers))
         self.target_kv_layer_ids = list(self.target_kv_layer_ids)
+        self.aux_hidden_state_layer_ids = list(self.aux_hidden_state_layer_ids or [])
+        self.draft_vocab_size = self.draft_vocab_size or self.vocab_size
         self.target = dict(self.target or {})
         self._check()
 
+    @property
+    def has_own_context(self) -> bool:
+        """Whether the head keeps context keys and values of its own, made from the target's hidden states."""
+        return self.context == "hidden" or self.fusion == "gated"
+
+    @property
+    def feeds_back(self) -> bool:
+        """Whether a row's input needs the head's own output of the row before."""
+        return self.drafting == "autoregressive" and self.context != "kv"
+
     def _check(self) -> None:
-        if self.context == "hidden":
-            raise ValueError(
-                'context "hidden" (a head with its own context KV) is not built yet; use "kv" or "hybrid", which read '
-                "the target's KV."
-            )
-        if self.context not in CONTEXTS:
-            raise ValueError(f"context must be one of {list(CONTEXTS)}, got {self.context!r}; use one of these.")
+        for key, values in (("context", CONTEXTS), ("fusion", FUSIONS), ("drafting", DRAFTINGS)):
+            if getattr(self, key) not in values:
+                raise ValueError(f"{key} must be one of {list(values)}, got {getattr(self, key)!r}; use one of these.")
         if self.draft_block_size < 1:
             raise ValueError(f"draft_block_size must be at least 1, got {self.draft_block_size}; use for example 8.")
-        if len(self.target_kv_layer_ids) != self.num_hidden_layers:
+        self._check_context()
+        if not 1 <= self.draft_vocab_size <= self.vocab_size:
             raise ValueError(
-                f"target_kv_layer_ids must name one target layer per head layer ({self.num_hidden_layers}), got "
-                f"{self.target_kv_layer_ids}; list that many target layers."
+                f"draft_vocab_size must be 1 to {self.vocab_size}, got {self.draft_vocab_size}; leave it out for the "
+                "whole vocabulary."
             )
-        num_target_layers = self.target.get("num_hidden_layers")
-        bad = [i for i in self.target_kv_layer_ids if i < 0 or (num_target_layers and i >= num_target_layers)]
-        if bad:
-            raise ValueError(
-                f"target_kv_layer_ids must be layers of the target (0..{(num_target_layers or 0) - 1}), got {bad}; "
-                "count from the first layer."
-            )
+        if self.transition_rank < 0:
+            raise ValueError(f"transition_rank must not be negative, got {self.transition_rank}; 0 means no bias.")
         if not self.greedy_scale > 0:
             raise ValueError(f"greedy_scale must be positive, got {self.greedy_scale}; use for example 0.5.")
         if self.attention_bias:
             raise ValueError("attention_bias must be false for a kvspec head, got true; leave it out.")
+
+    def _check_context(self) -> None:
+        wanted = {"hidden": ("direct",), "kv": FUSIONS[:-1], "hybrid": ("direct", "gated")}[self.context]
+        if self.fusion not in wanted:
+            raise ValueError(
+                f"fusion with context {self.context!r} must be one of {list(wanted)}, got {self.fusion!r}; use one of "
+                "these."
+            )
+        if self.fusion == "gated" and self.num_hidden_layers != 1:
+            raise ValueError(f'fusion "gated" must have 1 layer, as KVShot\'s; got {self.num_hidden_layers}.')
+        one_each = self.fusion in ("direct", "gated") and self.context != "hidden"
+        if one_each and len(self.target_kv_layer_ids) != self.num_hidden_layers:
+            raise ValueError(
+                f"target_kv_layer_ids must name one target layer per head layer ({self.num_hidden_layers}), got "
+                f"{self.target_kv_layer_ids}; list that many target layers."
+            )
+        if self.context == "hidden" and self.target_kv_layer_ids:
+            raise ValueError(
+                f'target_kv_layer_ids must be empty with context "hidden", which reads no target KV; got '
+                f"{self.target_kv_layer_ids}. Leave it out."
+            )
+        if self.has_own_context != bool(self.aux_hidden_state_layer_ids):
+            raise ValueError(
+                'aux_hidden_state_layer_ids must name target layers with context "hidden" or fusion "gated", and none '
+                f"otherwise; got {self.aux_hidden_state_layer_ids} with {self.context!r}, {self.fusion!r}."
+            )
+        num_target_layers = self.target.get("num_hidden_layers")
+        for key in ("target_kv_layer_ids", "aux_hidden_state_layer_ids"):
+            bad = [i for i in getattr(self, key) if i < 0 or (num_target_layers and i >= num_target_layers)]
+            if bad:
+                raise ValueError(
+                    f"{key} must be layers of the target (0..{(num_target_layers or 0) - 1}), got {bad}; count from "
+                    "the first layer."
+                )
 
     def to_dict(self) -> dict[str, Any]:
         """The checkpoint's keys, the derived speculators keys included."""
@@ -127,7 +182,6 @@ class KVSpecDraftConfig(PreTrainedConfig):
                 },
             },
             "transformer_layer_config": {"model_type": "qwen3", **{key: getattr(self, key) for key in layer_keys}},
-            "draft_vocab_size": self.vocab_size,
         }
 
 

@@ -58,7 +58,13 @@ def test_head_takes_its_shapes_from_the_target(target_config):
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"context": "hidden"}, "not built yet"),
+        ({"context": "hidden"}, "must name target layers"),
+        ({"context": "hidden", "aux_hidden_state_layer_ids": [0], "target_kv_layer_ids": [0]}, "must be empty"),
+        ({"context": "kv", "fusion": "gated"}, "fusion with context"),
+        ({"fusion": "gated", "aux_hidden_state_layer_ids": [0]}, "must have 1 layer"),
+        ({"drafting": "both"}, "drafting must be one of"),
+        ({"transition_rank": -1}, "transition_rank"),
+        ({"draft_vocab_size": 257}, "draft_vocab_size"),
         ({"context": "both"}, "must be one of"),
         ({"draft_block_size": 0}, "draft_block_size"),
         ({"num_hidden_layers": 3, "target_kv_layer_ids": [1, 2]}, "one target layer per head layer"),

@@ -1,13 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """The draft head's forward: what each row may see, what the checkpoint holds, and that it loads as written."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from vllm_kvspec.models.attention import KVSpecAttention
 from vllm_kvspec.models.draft_head import KVSpecDraftModel, head_config_for
-from vllm_kvspec.models.target import anchor_inputs, view_target
+from vllm_kvspec.models.drafting import draft_candidates, draft_logits
+from vllm_kvspec.models.target import view_target
 
 BLOCK = 4
 
@@ -23,23 +27,43 @@ def make_target(seed=0):
 
 def make_head(target, **overrides):
     torch.manual_seed(1)
-    config = head_config_for(target.config, num_hidden_layers=2, draft_block_size=BLOCK, transition_rank=8, **overrides)
-    head = KVSpecDraftModel(config).eval()
+    fields = dict(num_hidden_layers=2, draft_block_size=BLOCK, transition_rank=8) | overrides
+    head = KVSpecDraftModel(head_config_for(target.config, **fields)).eval()
     # Zero output projections would hide every mistake in the attention.
-    for layer in head.layers:
-        torch.nn.init.normal_(layer.self_attn.o_proj.weight, std=0.2)
+    for module in head.modules():
+        if isinstance(module, KVSpecAttention):
+            torch.nn.init.normal_(module.o_proj.weight, std=0.2)
     return head
 
 
-def run(head, target, ids, base):
-    view = view_target(target, head.config, ids)
-    embeds, hidden = anchor_inputs(target, view, ids, base)
+def run(head, target, ids, base, view=None, **options):
+    view = view or view_target(target, head.config, ids)
+    count = BLOCK if head.config.drafting == "autoregressive" else 1
+    rows = (base[..., None] + torch.arange(count)).clamp(max=ids.shape[1] - 1)
     with torch.no_grad():
-        return head(embeds, base, view.context, hidden)
+        return head(view, base, view.embeds[torch.arange(len(ids))[:, None, None], rows], **options)
+
+
+PARADIGMS = [
+    dict(context="kv"),
+    dict(context="hybrid"),
+    dict(context="hidden"),
+    dict(context="kv", fusion="concat"),
+    dict(context="kv", fusion="projection"),
+    dict(context="kv", fusion="projection_rope"),
+    dict(context="hybrid", fusion="gated", num_hidden_layers=1),
+]
+PARADIGMS = [fields | dict(drafting=drafting) for drafting in ("block", "autoregressive") for fields in PARADIGMS]
+
+
+@pytest.fixture(params=PARADIGMS, ids=lambda fields: "-".join(str(value) for value in fields.values()))
+def pair(request):
+    target = make_target()
+    return target, make_head(target, **request.param)
 
 
 @pytest.fixture(params=["kv", "hybrid"])
-def pair(request):
+def served_pair(request):
     target = make_target()
     return target, make_head(target, context=request.param)
 
@@ -56,19 +80,21 @@ def test_anchors_do_not_see_each_other(pair):
 
 
 def test_a_block_depends_on_the_text_up_to_its_anchor_and_on_no_more(pair):
+    """Autoregressive rows also see the block's tokens up to their own."""
     target, head = pair
     ids = torch.randint(60, (1, 20))
     base = torch.tensor([[10]])
     out = run(head, target, ids, base)
-    for changed, matters in ((0, True), (9, True), (10, True), (11, False), (19, False)):
+    for changed in (0, 9, 10, 11, 12, 19):
         other = ids.clone()
         other[0, changed] = (other[0, changed] + 1) % 60
-        difference = (run(head, target, other, base) - out).abs().max()
-        assert (difference > 1e-6) == matters, changed
+        difference = (run(head, target, other, base) - out).abs().amax(dim=-1)[0, 0] > 1e-6
+        first = max(changed - 10, 0) if changed <= 10 or head.config.drafting == "autoregressive" else BLOCK
+        assert difference.tolist() == [row >= first for row in range(BLOCK)], changed
 
 
-def test_every_row_sees_its_whole_block(pair):
-    target, head = pair
+def test_every_row_of_a_block_sees_all_of_it(served_pair):
+    target, head = served_pair
     ids, base = torch.randint(60, (1, 12)), torch.tensor([[8]])
     out = run(head, target, ids, base)
     with torch.no_grad():
@@ -76,29 +102,104 @@ def test_every_row_sees_its_whole_block(pair):
     assert ((run(head, target, ids, base) - out).abs().amax(-1) > 1e-6).all()
 
 
-def test_only_the_hybrid_head_uses_the_last_hidden_state():
+@pytest.mark.parametrize("fields", PARADIGMS[:7], ids=lambda fields: "-".join(str(value) for value in fields.values()))
+def test_each_context_reads_what_it_says_and_nothing_else(fields):
+    """At base 8: the target's KV, its last hidden state at 7, or fused hidden states of all positions before."""
     target = make_target()
     ids, base = torch.randint(60, (1, 12)), torch.tensor([[8]])
-    for context, matters in (("kv", False), ("hybrid", True)):
-        head = make_head(target, context=context)
-        view = view_target(target, head.config, ids)
-        embeds, hidden = anchor_inputs(target, view, ids, base)
-        torch.testing.assert_close(hidden[0, 0], view.hidden[0, 7])
+    head = make_head(target, **fields)
+    view = view_target(target, head.config, ids)
+    out = run(head, target, ids, base, view)
+
+    def changes(**parts):
+        return not torch.equal(run(head, target, ids, base, replace(view, **parts)), out)
+
+    def bump(states, position):
+        states = states.clone()
+        states[:, position] += 1
+        return states
+
+    own = fields["context"] == "hidden" or fields.get("fusion") == "gated"
+    shifted = [(k + 1, v - 1) for k, v in view.kv]
+    assert changes(kv=shifted) == (fields["context"] != "hidden")
+    assert changes(hidden=bump(view.hidden, 7)) == (fields["context"] == "hybrid" and not own)
+    assert not changes(hidden=bump(view.hidden, 8))
+    assert (view.fused is not None) == own
+    if own:
+        assert [changes(fused=bump(view.fused, position)) for position in (3, 7, 8)] == [True, True, False]
+
+
+def test_autoregressive_hybrid_rows_feed_on_their_own_output():
+    """The row after the anchor, computed by hand as a fresh first row with the head's output as its hidden state."""
+    target = make_target()
+    head = make_head(target, context="hybrid", drafting="autoregressive", num_hidden_layers=1)
+    # Without keys of the rows before, only the fed back state links a row to the one before it.
+    torch.nn.init.zeros_(head.layers[0].self_attn.o_proj.weight)
+    ids, base = torch.randint(60, (1, 12)), torch.tensor([[5]])
+    out = run(head, target, ids, base)
+    view = view_target(target, head.config, ids)
+    view.hidden[:, 5] = out[:, 0, 0]
+    torch.testing.assert_close(run(head, target, ids, base + 1, view)[:, 0, 0], out[:, 0, 1], atol=1e-5, rtol=1e-4)
+
+
+def test_concatenated_heads_equal_the_sum_of_one_source_each():
+    target = make_target()
+    head = make_head(target, context="kv", fusion="concat", num_hidden_layers=1, target_kv_layer_ids=[0, 3])
+    ids, base = torch.randint(60, (1, 12)), torch.tensor([[8]])
+    attention, captured = head.layers[0].self_attn, []
+    attention.register_forward_hook(lambda _, args, out: captured.append((args, out[0])))
+    run(head, target, ids, base)
+    (hidden, rotary, context, mask), expected = captured[0]
+    total = 0.0
+    for source in range(2):
+        single = make_head(target, context="kv", num_hidden_layers=1, target_kv_layer_ids=[source]).layers[0].self_attn
         with torch.no_grad():
-            outs = [head(embeds, base, view.context, hidden + shift) for shift in (0, 1)]
-        assert (not torch.equal(*outs)) == matters
+            for name, size in (("q_proj", 64), ("k_proj", 32), ("v_proj", 32)):
+                rows = slice(source * size, (source + 1) * size)
+                getattr(single, name).weight.copy_(getattr(attention, name).weight[rows])
+            single.o_proj.weight.copy_(attention.o_proj.weight[:, source * 64 : (source + 1) * 64])
+            part = [tuple(x[:, source * 2 : source * 2 + 2] for x in kv) for kv in context]
+            total = total + single(hidden, rotary, part, mask)[0]
+    torch.testing.assert_close(total, expected, atol=1e-5, rtol=1e-4)
 
 
-def test_attention_equals_a_float64_loop(pair):
+def test_projection_with_rope_redone_keeps_the_phase_of_a_key():
+    """A mix that picks one source's keys must give back that source exactly, rotation included."""
+    target = make_target()
+    head = make_head(target, context="kv", fusion="projection_rope", num_hidden_layers=1, target_kv_layer_ids=[1, 2])
+    view = view_target(target, head.config, torch.randint(60, (1, 12)))
+    attention = head.layers[0].self_attn
+    with torch.no_grad():
+        attention.k_fuse.weight.copy_(torch.cat((torch.zeros(32, 32), torch.eye(32)), dim=1))
+        key, _ = attention.project_context(view.kv, head.rotary_emb(view.embeds, torch.arange(12)[None]))
+    torch.testing.assert_close(key, view.kv[1][0], atol=1e-5, rtol=1e-4)
+
+
+def test_the_gate_mixes_as_the_paper_says():
+    """g = 0 leaves the EAGLE-3 attention n; g = 1 with W_D the identity gives the cross-attention o."""
+    target = make_target()
+    head = make_head(target, context="hybrid", fusion="gated", num_hidden_layers=1)
+    gated, captured = head.layers[0].self_attn, {}
+    gated.own_attn.register_forward_hook(lambda _, args, out: captured.update(own=out[0]))
+    gated.cross_attn.register_forward_hook(lambda _, args, out: captured.update(cross=out[0]))
+    gated.register_forward_hook(lambda _, args, out: captured.update(out=out[0]))
+    torch.nn.init.eye_(gated.delta_proj.weight)
+    for bias, name in ((-1e9, "own"), (1e9, "cross")):
+        torch.nn.init.constant_(gated.fusion_gate.bias, bias)
+        run(head, target, torch.randint(60, (1, 12)), torch.tensor([[8]]))
+        torch.testing.assert_close(captured["out"], captured[name])
+
+
+def test_attention_equals_a_float64_loop(served_pair):
     """One row of the first layer, written out: softmax over the context's keys, then the block's."""
-    target, head = pair
+    target, head = served_pair
     ids, base = torch.randint(60, (1, 9)), torch.tensor([[6]])
     view = view_target(target, head.config, ids)
-    embeds, hidden = anchor_inputs(target, view, ids, base)
+    embeds, hidden = view.embeds[:, 6:7], view.hidden[:, 5:6] if head.config.context == "hybrid" else None
     attention, captured = head.layers[0].self_attn, {}
     attention.o_proj.register_forward_pre_hook(lambda _, args: captured.update(out=args[0]))
     with torch.no_grad():
-        head(embeds, base, view.context, hidden)
+        head(view, base, embeds[:, :, None])
         x = head.layers[0].input_layernorm(head.block_inputs(embeds, hidden))[0, 0]
         q, k, v = (layer(x).view(BLOCK, -1, 16) for layer in (attention.q_proj, attention.k_proj, attention.v_proj))
         q, k = attention.q_norm(q), attention.k_norm(k)
@@ -111,7 +212,7 @@ def test_attention_equals_a_float64_loop(pair):
         return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
     q, k = rotate(q), rotate(k)
-    past_k, past_v = (past[0, :, :6].transpose(0, 1).double() for past in view.context[0])
+    past_k, past_v = (past[0, :, :6].transpose(0, 1).double() for past in view.kv[0])
     keys, values = torch.cat((past_k, k)), torch.cat((past_v, v.double()))
     expected = torch.empty(BLOCK, 4, 16, dtype=torch.float64)
     for head_index in range(4):
@@ -128,8 +229,8 @@ def test_a_new_head_starts_without_attention_and_without_bias():
     assert head.block_embedding.std() > 0
 
 
-def test_checkpoint_holds_the_documented_names(tmp_path, pair):
-    target, head = pair
+def test_checkpoint_holds_the_documented_names(tmp_path, served_pair):
+    target, head = served_pair
     head.save_pretrained(tmp_path)
     names = set(load_file(tmp_path / "model.safetensors"))
     expected = {"block_embedding", "norm.weight", "transition_in.weight", "transition_out.weight"}
@@ -145,14 +246,58 @@ def test_checkpoint_holds_the_documented_names(tmp_path, pair):
     torch.testing.assert_close(run(loaded, target, ids, base), run(head, target, ids, base))
 
 
-def test_previous_tokens_add_the_bias_to_one_forward(pair):
+def test_every_paradigm_loads_as_written(tmp_path, pair):
     target, head = pair
+    head.save_pretrained(tmp_path)
+    loaded = KVSpecDraftModel.from_pretrained(tmp_path).eval()
+    ids, base = torch.randint(60, (1, 12)), torch.tensor([[8]])
+    torch.testing.assert_close(run(loaded, target, ids, base), run(head, target, ids, base))
+
+
+def test_a_reduced_draft_vocabulary_round_trips_and_scores_only_its_tokens(tmp_path):
+    target = make_target()
+    head = make_head(target, draft_vocab_size=5)
+    chosen = torch.tensor([59, 3, 0, 17, 4])
+    head.set_draft_vocabulary(chosen)
+    head.save_pretrained(tmp_path)
+    loaded = KVSpecDraftModel.from_pretrained(tmp_path).eval()
+    assert loaded.draft_token_ids.tolist() == sorted(chosen.tolist())
+    assert loaded.t2d.nonzero()[:, 0].tolist() == sorted(chosen.tolist())
+    ids, base = torch.randint(60, (1, 12)), torch.tensor([3, 8])
+    view = view_target(target, head.config, ids)
+    with torch.no_grad():
+        logits = draft_logits(loaded, target, view, ids, base, ids[0, base[:, None] + torch.arange(BLOCK)])
+        _, token, _ = draft_candidates(loaded, target, view, ids, base, beam=2, width=2)
+    assert logits.isfinite().any(dim=(0, 1)).nonzero()[:, 0].tolist() == sorted(chosen.tolist())
+    assert set(token.flatten().tolist()) <= set(chosen.tolist())
+
+
+def test_autoregressive_candidates_are_scored_along_their_paths():
+    """The cumulative score of each candidate, recomputed from the logits of its whole path."""
+    target = make_target()
+    head = make_head(target, context="hybrid", drafting="autoregressive")
+    torch.nn.init.normal_(head.transition_out.weight)
+    ids, base = torch.randint(60, (1, 12)), torch.tensor([8])
+    view = view_target(target, head.config, ids)
+    with torch.no_grad():
+        score, token, parent = draft_candidates(head, target, view, ids, base, beam=2, width=2)
+        for last in range(score.shape[1]):
+            path, node = [], last
+            while node >= 0:
+                path.insert(0, token[0, node].item())
+                node = parent[0, node].item()
+            rows = torch.tensor([[ids[0, 8].item(), *path[:-1]]])
+            logp = draft_logits(head, target, view, ids, base, rows)[0].log_softmax(-1)
+            expected = sum(logp[d, t].item() for d, t in enumerate(path))
+            assert abs(expected - score[0, last].item()) < 1e-4
+
+
+def test_previous_tokens_add_the_bias_to_one_forward(served_pair):
+    target, head = served_pair
     torch.nn.init.normal_(head.transition_out.weight)
     ids, base = torch.randint(60, (1, 12)), torch.tensor([[3, 8]])
-    view = view_target(target, head.config, ids)
-    embeds, hidden = anchor_inputs(target, view, ids, base)
     previous = torch.randint(60, (1, 2, BLOCK))
-    out, bias = head(embeds, base, view.context, hidden, previous)
+    out, bias = run(head, target, ids, base, previous=previous)
     torch.testing.assert_close(out, run(head, target, ids, base))
     expected = head.transition_in.weight[previous] @ head.transition_out.weight.T
     torch.testing.assert_close(bias, expected)

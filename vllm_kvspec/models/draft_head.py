@@ -1,89 +1,53 @@
 # SPDX-License-Identifier: Apache-2.0
 """The draft head: a few transformer layers whose attention reads the target's KV cache.
 
-One pass scores a block of G = ``draft_block_size`` positions. Row 0 of the block is the anchor (the last sampled token,
-at position ``base``), rows 1.. are learned mask inputs; row d predicts the token at position ``base + 1 + d``. Every
-row attends to the target's keys and values of one target layer at positions before ``base`` (as they lie in the cache:
-normed and rotated) and to the keys and values of all G rows of its own block. A low-rank transition bias makes the
-logits of a position depend on the token before it: ``lm_head(h_d) + W2 W1[previous token]``.
+A head scores blocks of G = ``draft_block_size`` positions. Row 0 of a block is the anchor (the last sampled token, at
+position ``base``); row d predicts the token at position ``base + 1 + d``. Every row attends to a context at positions
+before ``base`` and to its own block. A low-rank transition bias makes the logits of a position depend on the token
+before it: ``lm_head(h_d) + W2 W1[previous token]``.
+
+``drafting: "block"``: one pass; rows 1.. are learned inputs, every row sees the whole block. ``"autoregressive"``: row
+d's input is the embedding of the token at ``base + d``, and it sees rows up to d.
+
+``context: "kv"``: a layer's context is the target's keys and values of one target layer, as they lie in the cache
+(normed and rotated). ``"hybrid"``: also, the anchor's row starts from ``context_proj(concat(embedding, target hidden
+state))``, the target's last hidden state after its final norm at ``base - 1`` (zeros when ``base`` is 0).
+``"hidden"`` (EAGLE-3, arXiv 2503.01840): no target KV; ``fuse_proj`` mixes hidden states of several target layers, and
+the context is the head's own keys and values of all tokens before. Autoregressive hybrid and hidden heads feed back
+their own normed output as the next row's hidden state. What ``fusion`` adds: ``models/attention.py``.
 
 The embedding and the LM head are the target's. They are not part of the checkpoint, whose weights are:
 
-    block_embedding                                       [G, H]; row 0 is added to the anchor's embedding
-    context_proj.weight                                   [H, 2H], only with context "hybrid"
+    block_embedding                                       [G, H]; row 0 is added to the anchor's; only with "block"
+    context_proj.weight                                   [H, 2H], not with context "kv"
+    fuse_proj.weight                                      [H, F*H], only with F aux_hidden_state_layer_ids
     layers.{i}.input_layernorm.weight                     [H]
     layers.{i}.self_attn.{q,k,v,o}_proj.weight            linear without bias
     layers.{i}.self_attn.{q,k}_norm.weight                [head_dim], only with qk_norm
     layers.{i}.post_attention_layernorm.weight            [H]
     layers.{i}.mlp.{gate,up,down}_proj.weight             linear without bias
     norm.weight                                           [H]
-    transition_in.weight                                  [V, r] (W1)
-    transition_out.weight                                 [V, r] (W2)
-
-With context "hybrid", row 0 is ``context_proj(concat(anchor embedding + block_embedding[0], target hidden state))``,
-where the hidden state is the target's after its final norm, at position ``base - 1`` (zeros when ``base`` is 0).
+    transition_in.weight                                  [V, r] (W1), only with r > 0
+    transition_out.weight                                 [draft vocabulary, r] (W2), only with r > 0
+    d2t, t2d                                              only with a reduced draft vocabulary: its i-th token is the
+                                                          target's i + d2t[i]; t2d [V] bool marks the tokens in it
 """
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
-from transformers.models.qwen3.modeling_qwen3 import (
-    Qwen3MLP,
-    Qwen3RMSNorm,
-    Qwen3RotaryEmbedding,
-    apply_rotary_pos_emb,
-)
+from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RMSNorm, Qwen3RotaryEmbedding
 
 from vllm_kvspec.config import KVSpecDraftConfig, target_fingerprint
+from vllm_kvspec.models.attention import GatedAttention, KVSpecAttention, ZeroLinear
+from vllm_kvspec.models.target import TargetView, at_positions
 
 # Large beside the usual 0.02: the other factor starts at zero and learns in proportion to this one. On the tiny target,
 # 60 steps: KL 1.86 against 1.96 nats at depths 1 to 7.
 TRANSITION_IN_STD = 0.3
-
-
-class ZeroLinear(nn.Linear):
-    """A linear layer that starts at zero."""
-
-
-class KVSpecAttention(nn.Module):
-    """Attention of the block's rows over the target's KV and the block's own."""
-
-    def __init__(self, config: KVSpecDraftConfig):
-        super().__init__()
-        self.head_dim = config.head_dim
-        q_size, kv_size = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, q_size, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
-        self.o_proj = ZeroLinear(q_size, config.hidden_size, bias=False)
-        if config.qk_norm:
-            self.q_norm = Qwen3RMSNorm(config.head_dim, eps=config.rms_norm_eps)
-            self.k_norm = Qwen3RMSNorm(config.head_dim, eps=config.rms_norm_eps)
-        else:
-            self.q_norm = self.k_norm = nn.Identity()
-
-    def forward(
-        self,
-        hidden: torch.Tensor,
-        rotary: tuple[torch.Tensor, torch.Tensor],
-        context: tuple[torch.Tensor, torch.Tensor],
-        mask: torch.Tensor,
-    ) -> torch.Tensor:
-        """``hidden`` [B, A*G, H] -> [B, A*G, H].
-
-        ``rotary``: cos and sin [B, A*G, D]. ``context``: the target's keys and values [B, Hkv, S, D]. ``mask``
-        [B, 1, A*G, S + A*G] bool: which keys (context, then blocks) a row sees.
-        """
-        shape = (*hidden.shape[:-1], -1, self.head_dim)
-        q = self.q_norm(self.q_proj(hidden).view(shape)).transpose(1, 2)
-        k = self.k_norm(self.k_proj(hidden).view(shape)).transpose(1, 2)
-        v = self.v_proj(hidden).view(shape).transpose(1, 2)
-        q, k = apply_rotary_pos_emb(q, k, *rotary)
-        k, v = (torch.cat((past.to(own.dtype), own), dim=2) for past, own in zip(context, (k, v), strict=True))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
-        return self.o_proj(out.transpose(1, 2).flatten(2))
+# Target layers whose KV or hidden states are used together, as in KVShot and EAGLE-3.
+NUM_SOURCES = 3
 
 
 class KVSpecLayer(nn.Module):
@@ -92,13 +56,15 @@ class KVSpecLayer(nn.Module):
     def __init__(self, config: KVSpecDraftConfig):
         super().__init__()
         self.input_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.self_attn = KVSpecAttention(config)
+        self.self_attn = GatedAttention(config) if config.fusion == "gated" else KVSpecAttention(config)
         self.post_attention_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = Qwen3MLP(config)
 
-    def forward(self, hidden: torch.Tensor, rotary, context, mask: torch.Tensor) -> torch.Tensor:
-        hidden = hidden + self.self_attn(self.input_layernorm(hidden), rotary, context, mask)
-        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+    def forward(self, hidden: torch.Tensor, rotary, context: list, mask: torch.Tensor):
+        """``hidden`` [B, R, H] -> ([B, R, H], the rows' own keys and values); see ``KVSpecAttention.forward``."""
+        attended, own = self.self_attn(self.input_layernorm(hidden), rotary, context, mask)
+        hidden = hidden + attended
+        return hidden + self.mlp(self.post_attention_layernorm(hidden)), own
 
 
 class KVSpecDraftModel(PreTrainedModel):
@@ -111,14 +77,22 @@ class KVSpecDraftModel(PreTrainedModel):
 
     def __init__(self, config: KVSpecDraftConfig):
         super().__init__(config)
-        self.block_embedding = nn.Parameter(torch.empty(config.draft_block_size, config.hidden_size))
-        if config.context == "hybrid":
+        if config.drafting == "block":
+            self.block_embedding = nn.Parameter(torch.empty(config.draft_block_size, config.hidden_size))
+        if config.context != "kv":
             self.context_proj = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
+        if config.has_own_context:
+            fused_size = len(config.aux_hidden_state_layer_ids) * config.hidden_size
+            self.fuse_proj = nn.Linear(fused_size, config.hidden_size, bias=False)
         self.layers = nn.ModuleList(KVSpecLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = Qwen3RotaryEmbedding(config)
-        self.transition_in = nn.Embedding(config.vocab_size, config.transition_rank)
-        self.transition_out = ZeroLinear(config.transition_rank, config.vocab_size, bias=False)
+        if config.transition_rank:
+            self.transition_in = nn.Embedding(config.vocab_size, config.transition_rank)
+            self.transition_out = ZeroLinear(config.transition_rank, config.draft_vocab_size, bias=False)
+        if config.draft_vocab_size < config.vocab_size:
+            self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.int64))
+            self.register_buffer("t2d", torch.arange(config.vocab_size) < config.draft_vocab_size)
         self.post_init()
 
     @torch.no_grad()
@@ -131,56 +105,143 @@ class KVSpecDraftModel(PreTrainedModel):
             return
         super()._init_weights(module)
         if isinstance(module, KVSpecDraftModel):
-            init.normal_(module.block_embedding, std=self.config.initializer_range)
+            if module.config.drafting == "block":
+                init.normal_(module.block_embedding, std=self.config.initializer_range)
+            if module.config.draft_vocab_size < module.config.vocab_size:
+                init.zeros_(module.d2t)
+                init.copy_(module.t2d, torch.arange(module.config.vocab_size) < module.config.draft_vocab_size)
 
-    def block_inputs(self, anchor_embeds: torch.Tensor, target_hidden: torch.Tensor | None) -> torch.Tensor:
-        """Inputs of a block: ``anchor_embeds`` [..., H], ``target_hidden`` [..., H] (hybrid) -> [..., G, H]."""
+    @property
+    def draft_token_ids(self) -> torch.Tensor | None:
+        """The target's id of every token of a reduced draft vocabulary, int64 [Vd] ascending; None for the whole."""
+        if self.config.draft_vocab_size == self.config.vocab_size:
+            return None
+        return torch.arange(self.config.draft_vocab_size, device=self.d2t.device) + self.d2t
+
+    @torch.no_grad()
+    def set_draft_vocabulary(self, token_ids: torch.Tensor) -> None:
+        """Score only the target tokens ``token_ids`` [Vd] int64, distinct, in any order."""
+        token_ids = token_ids.to(self.d2t.device).sort().values
+        self.d2t.copy_(token_ids - torch.arange(len(token_ids), device=token_ids.device))
+        self.t2d.zero_()[token_ids] = True
+
+    def block_inputs(self, anchor_embeds: torch.Tensor, state: torch.Tensor | None) -> torch.Tensor:
+        """Inputs of a block drafted in one pass: ``anchor_embeds`` [..., H], ``state`` [..., H] -> [..., G, H]."""
         first = anchor_embeds + self.block_embedding[0]
-        if self.config.context == "hybrid":
-            first = self.context_proj(torch.cat((first, target_hidden.to(first.dtype)), dim=-1))
+        if state is not None:
+            first = self._with_state(first, state)
         rest = self.block_embedding[1:].expand(*first.shape[:-1], -1, -1)
         return torch.cat((first.unsqueeze(-2), rest.to(first.dtype)), dim=-2)
 
+    def _with_state(self, embeds: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+        return self.context_proj(torch.cat((embeds, state.to(embeds.dtype)), dim=-1))
+
+    def _target_states(self, view: TargetView, positions: torch.Tensor) -> torch.Tensor | None:
+        """What a row at ``positions`` [B, A] learns from the target's hidden states one position earlier, [B, A, H]."""
+        if self.config.has_own_context:
+            return self.fuse_proj(at_positions(view.fused, positions - 1))
+        return at_positions(view.hidden, positions - 1) if self.config.context == "hybrid" else None
+
     def forward(
-        self,
-        anchor_embeds: torch.Tensor,
-        base: torch.Tensor,
-        context: list[tuple[torch.Tensor, torch.Tensor]],
-        target_hidden: torch.Tensor | None = None,
-        previous: torch.Tensor | None = None,
+        self, view: TargetView, base: torch.Tensor, row_embeds: torch.Tensor, previous: torch.Tensor | None = None
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Score the blocks of A anchors in each of B sequences.
 
-        ``anchor_embeds`` [B, A, H]: the target's embedding of the anchors. ``base`` [B, A] int64: their positions.
-        ``context``: per head layer the target's keys and values [B, Hkv, S, D] of layer ``target_kv_layer_ids[i]``;
-        an anchor sees positions before its own. ``target_hidden`` [B, A, H]: the target's last hidden states at
-        ``base - 1``, for context "hybrid". Returns the normed hidden states [B, A, G, H]; row d predicts the token at
-        ``base + 1 + d``. With ``previous`` [B, A, G] int64, the true token before each predicted one, also returns the
-        transition bias [B, A, G, V] (so that a training step is one forward).
+        ``view``: the target over the sequences. ``base`` [B, A] int64: positions of the anchors; an anchor sees what
+        lies before its own. ``row_embeds`` [B, A, R, H]: the target's embeddings of the anchors (block drafting, R = 1)
+        or of the tokens at ``base .. base + R - 1`` (autoregressive). Returns the normed hidden states [B, A, G or R,
+        H]; row d predicts the token at ``base + 1 + d``. With ``previous`` [B, A, G or R] int64, the true token before
+        each predicted one, also returns the transition bias of those rows (so that a training step is one forward).
         """
-        (batch, anchors), block = base.shape, self.config.draft_block_size
-        hidden = self.block_inputs(anchor_embeds, target_hidden).flatten(1, 2)
-        positions = (base[..., None] + torch.arange(block, device=base.device)).flatten(1)
-        rotary = self.rotary_emb(hidden, positions)
-        mask = _block_mask(base, context[0][0].shape[2], block)
-        for layer, layer_context in zip(self.layers, context, strict=True):
-            hidden = layer(hidden, rotary, layer_context, mask)
-        hidden = self.norm(hidden).view(batch, anchors, block, -1)
+        contexts = self._contexts(view)
+        state = self._target_states(view, base)
+        if self.config.feeds_back:
+            hidden = self._feed_back(contexts, base, row_embeds, state)
+        else:
+            hidden = self._one_pass(contexts, base, row_embeds, state)
         return hidden if previous is None else (hidden, self.transition_bias(previous))
 
-    def transition_bias(self, previous: torch.Tensor) -> torch.Tensor:
-        """Logit bias after the tokens ``previous`` [...] int64 -> [..., V]."""
-        return self.transition_out(self.transition_in(previous))
+    def _one_pass(self, contexts: list, base: torch.Tensor, row_embeds: torch.Tensor, state) -> torch.Tensor:
+        """All rows at once: block drafting, and autoregressive heads whose rows need no output of the row before."""
+        is_block = self.config.drafting == "block"
+        rows = self.block_inputs(row_embeds[..., 0, :], state) if is_block else row_embeds
+        (batch, anchors), count = base.shape, rows.shape[2]
+        positions = base[..., None] + torch.arange(count, device=base.device)
+        rotary = self.rotary_emb(rows, positions.flatten(1))
+        mask = _rows_mask(base, _context_len(contexts), count, causal=not is_block)
+        hidden = rows.flatten(1, 2)
+        for layer, context in zip(self.layers, contexts, strict=True):
+            hidden, _ = layer(hidden, rotary, [context], mask)
+        return self.norm(hidden).view(batch, anchors, count, -1)
+
+    def _feed_back(self, contexts: list, base: torch.Tensor, row_embeds: torch.Tensor, state) -> torch.Tensor:
+        """Row after row, each from the token's embedding and the head's own output of the row before."""
+        past, outputs = [[context] for context in contexts], []
+        own = torch.eye(base.shape[1], dtype=torch.bool, device=base.device).expand(base.shape[0], 1, -1, -1)
+        mask = _context_mask(base, _context_len(contexts))
+        for d in range(row_embeds.shape[2]):
+            hidden = self._with_state(row_embeds[:, :, d], state)
+            rotary = self.rotary_emb(hidden, base + d)
+            mask = torch.cat((mask, own), dim=-1)
+            for layer, keys in zip(self.layers, past, strict=True):
+                hidden, kv = layer(hidden, rotary, keys, mask)
+                keys.append(kv)
+            state = self.norm(hidden)
+            outputs.append(state)
+        return torch.stack(outputs, dim=2)
+
+    def _contexts(self, view: TargetView) -> list:
+        """What each layer's rows attend to before ``base``: keys and values [B, Hkv, S, D] (pairs of them if gated)."""
+        config = self.config
+        if config.has_own_context:
+            own = self._own_context(view)
+            return [*zip(own, view.kv, strict=True)] if config.fusion == "gated" else own
+        if config.fusion == "direct":
+            return view.kv
+        if config.fusion == "concat":
+            return [tuple(torch.cat([kv[part] for kv in view.kv], dim=1) for part in (0, 1))] * len(self.layers)
+        rotary = self.rotary_emb(view.embeds, torch.arange(view.embeds.shape[1], device=view.embeds.device)[None])
+        return [layer.self_attn.project_context(view.kv, rotary) for layer in self.layers]
+
+    def _own_context(self, view: TargetView) -> list:
+        """Keys and values per layer of a head over the whole sequence, as autoregressive rows would have made them."""
+        length, device = view.embeds.shape[1], view.embeds.device
+        positions = torch.arange(length, device=device).expand(len(view.embeds), -1)
+        hidden = self._with_state(view.embeds, self._target_states(view, positions))
+        rotary, causal = self.rotary_emb(hidden, positions), positions[0, :, None] >= positions[0]
+        contexts = []
+        for layer in self.layers[:-1]:
+            hidden, kv = layer(hidden, rotary, [], causal[None, None])
+            contexts.append(kv)
+        last = self.layers[-1]
+        return [*contexts, last.self_attn.keys_values(last.input_layernorm(hidden), rotary)]
+
+    def transition_bias(self, previous: torch.Tensor) -> torch.Tensor | float:
+        """Logit bias after the tokens ``previous`` [...] int64 -> [..., Vd]; 0 for a head without one."""
+        return self.transition_out(self.transition_in(previous)) if self.config.transition_rank else 0.0
 
 
-def _block_mask(base: torch.Tensor, context_len: int, block: int) -> torch.Tensor:
-    """[B, 1, A*G, S + A*G] bool: context before the row's anchor, and every row of the same block."""
-    anchors = base.shape[1]
-    row_base = base.repeat_interleave(block, dim=1)
-    context = torch.arange(context_len, device=base.device) < row_base[..., None]
-    owner = torch.arange(anchors, device=base.device).repeat_interleave(block)
-    own = (owner[:, None] == owner).expand(base.shape[0], -1, -1)
-    return torch.cat((context, own), dim=-1).unsqueeze(1)
+def _context_len(contexts: list) -> int:
+    """S of keys [B, Hkv, S, D], the first tensor in the nest of tuples."""
+    first = contexts[0]
+    while not torch.is_tensor(first):
+        first = first[0]
+    return first.shape[2]
+
+
+def _context_mask(row_base: torch.Tensor, context_len: int) -> torch.Tensor:
+    """[B, 1, rows, S] bool: the context before each row's anchor; ``row_base`` [B, rows]."""
+    return (torch.arange(context_len, device=row_base.device) < row_base[..., None]).unsqueeze(1)
+
+
+def _rows_mask(base: torch.Tensor, context_len: int, count: int, causal: bool) -> torch.Tensor:
+    """[B, 1, A*R, S + A*R] bool: the context before the row's anchor, and its own block (up to itself if causal)."""
+    row = torch.arange(base.shape[1] * count, device=base.device)
+    own = row[:, None] // count == row // count
+    if causal:
+        own = own & (row[:, None] >= row)
+    context = _context_mask(base.repeat_interleave(count, dim=1), context_len)
+    return torch.cat((context, own.expand(len(base), 1, -1, -1)), dim=-1)
 
 
 def default_kv_layer_ids(num_target_layers: int, num_layers: int) -> list[int]:
@@ -210,6 +271,10 @@ def head_config_for(target_config, tokenizer=None, **overrides) -> KVSpecDraftCo
         "target": found,
     }
     fields.update({key: value for key, value in overrides.items() if value is not None})
-    if fields.get("target_kv_layer_ids") is None:
-        fields["target_kv_layer_ids"] = default_kv_layer_ids(found["num_hidden_layers"], fields["num_hidden_layers"])
+    context, fusion = fields.get("context"), fields.get("fusion", "direct")
+    sources = fields["num_hidden_layers"] if fusion in ("direct", "gated") else NUM_SOURCES
+    if fields.get("target_kv_layer_ids") is None and context != "hidden":
+        fields["target_kv_layer_ids"] = default_kv_layer_ids(found["num_hidden_layers"], sources)
+    if fields.get("aux_hidden_state_layer_ids") is None and (context == "hidden" or fusion == "gated"):
+        fields["aux_hidden_state_layer_ids"] = default_kv_layer_ids(found["num_hidden_layers"], NUM_SOURCES)
     return KVSpecDraftConfig(**fields)

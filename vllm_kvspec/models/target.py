@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a head sees of its target: the KV of whole sequences, last hidden states, embedding and LM head, in torch."""
+"""What a head sees of its target, in torch: KV and hidden states of whole sequences, embedding and LM head."""
 
 from dataclasses import dataclass
 
@@ -13,27 +13,47 @@ from vllm_kvspec.config import KVSpecDraftConfig
 class TargetView:
     """One forward of the target over sequences ``[B, S]``.
 
-    ``context``: per head layer the keys (normed, rotated: as in the KV cache) and values ``[B, Hkv, S, D]`` of its
-    target layer. ``hidden`` [B, S, H]: last hidden states after the final norm.
+    ``kv``: keys (normed, rotated: as in the KV cache) and values ``[B, Hkv, S, D]`` of each of the config's
+    ``target_kv_layer_ids``. ``hidden`` [B, S, H]: last hidden states after the final norm. ``embeds`` [B, S, H]: the
+    tokens' embeddings. ``fused`` [B, S, F*H]: hidden states after the F ``aux_hidden_state_layer_ids`` side by side, or
+    None.
     """
 
-    context: list[tuple[torch.Tensor, torch.Tensor]]
+    kv: list[tuple[torch.Tensor, torch.Tensor]]
     hidden: torch.Tensor
+    embeds: torch.Tensor
+    fused: torch.Tensor | None = None
 
 
 @torch.no_grad()
 def view_target(target: PreTrainedModel, config: KVSpecDraftConfig, input_ids: torch.Tensor) -> TargetView:
-    """Run the target (a causal LM of transformers) over ``input_ids`` [B, S], padded on the right if at all."""
-    out = target.base_model(input_ids=input_ids, use_cache=True)
+    """Run the target (a causal LM of transformers) over ``input_ids`` [B, S], padded on the right if at all.
+
+    Memory: the KV of all target layers, 2 * layers * Hkv * D values per token, and with auxiliary layers the hidden
+    states of all layers.
+    """
+    aux = config.aux_hidden_state_layer_ids
+    out = target.base_model(input_ids=input_ids, use_cache=True, output_hidden_states=bool(aux))
     layers = out.past_key_values.layers
-    context = [(layers[i].keys, layers[i].values) for i in config.target_kv_layer_ids]
-    return TargetView(context, out.last_hidden_state)
+    # hidden_states[i] enters layer i, and the last one has been through the final norm.
+    fused = torch.cat([out.hidden_states[i + 1] for i in aux], dim=-1) if aux else None
+    return TargetView(
+        kv=[(layers[i].keys, layers[i].values) for i in config.target_kv_layer_ids],
+        hidden=out.last_hidden_state,
+        embeds=target.get_input_embeddings()(input_ids),
+        fused=fused,
+    )
 
 
-def anchor_inputs(
-    target: PreTrainedModel, view: TargetView, input_ids: torch.Tensor, base: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Embeddings of the anchors at positions ``base`` [B, A] and the target's hidden states before them, [B, A, H]."""
-    rows = torch.arange(base.shape[0], device=base.device)[:, None]
-    hidden = view.hidden[rows, (base - 1).clamp(min=0)] * (base > 0).unsqueeze(-1)
-    return target.get_input_embeddings()(input_ids[rows, base]), hidden
+def at_positions(states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Rows of ``states`` [B, S, H] at ``positions`` [B, A] -> [B, A, H]; zeros where the position is -1."""
+    rows = torch.arange(positions.shape[0], device=positions.device)[:, None]
+    return states[rows, positions.clamp(min=0)] * (positions >= 0).unsqueeze(-1)
+
+
+def head_logits(target: PreTrainedModel, hidden: torch.Tensor, token_ids: torch.Tensor | None = None) -> torch.Tensor:
+    """The target's LM head over ``hidden`` [..., H] -> [..., V], or only the rows of ``token_ids`` [Vd]."""
+    lm_head = target.get_output_embeddings()
+    if token_ids is None:
+        return lm_head(hidden)
+    return torch.nn.functional.linear(hidden, lm_head.weight[token_ids])

@@ -1,78 +1,115 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Block-wise distillation: many random anchors per sequence, every depth of every block against the target's softmax.
+"""Distillation of a head from its frozen target, online: many random anchors per sequence, every depth of every block.
 
 Row d of a block at ``base`` learns the target's distribution after position ``base + d``. The transition bias sees the
-true token at ``base + d`` (teacher forcing), the rest of the row only what the head will have when it drafts.
+true token at ``base + d`` (teacher forcing), the rest of the row only what the head will have when it drafts. For
+autoregressive heads that is test-time training (EAGLE-3, arXiv 2503.01840, section 3.2): the tokens of a row's input
+are the text's, its hidden state is the head's own of the row before, and gradients flow through all rows.
 """
+
+from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel, Trainer
 
 from vllm_kvspec.models.draft_head import KVSpecDraftModel
-from vllm_kvspec.models.target import anchor_inputs, view_target
+from vllm_kvspec.models.target import head_logits, view_target
+from vllm_kvspec.train.losses import row_losses
 
 
-def sample_anchors(lengths: torch.Tensor, prompt_lengths: torch.Tensor, count: int) -> torch.Tensor:
-    """Positions [B, count] drawn uniformly from the target's own text, repeats possible where a text is short."""
-    room = (lengths - prompt_lengths).clamp(min=1)
-    # A stratified draw: one anchor in each of `count` equal stretches.
-    offset = torch.rand(len(lengths), count, device=lengths.device) + torch.arange(count, device=lengths.device)
-    return prompt_lengths[:, None] + (offset * room[:, None] / count).long().clamp(max=room[:, None] - 1)
+@dataclass
+class LossSettings:
+    """How a batch becomes a loss. ``loss_fn``: see ``losses.row_losses``; the others: ``arguments.DataArguments``."""
+
+    anchors_per_sequence: int = 32
+    depth_decay: float = 6.0
+    min_teacher_temperature: float = 1.0
+    loss_fn: str = "kl_div"
 
 
-def distillation_loss(
-    student_logits: torch.Tensor, teacher_logits: torch.Tensor, valid: torch.Tensor, depth_decay: float
-) -> torch.Tensor:
-    """Cross-entropy of the head against the target's softmax, weighted by exp(-depth / depth_decay).
+def sample_anchors(loss_mask: torch.Tensor, count: int) -> torch.Tensor:
+    """Positions [B, count] int64 drawn uniformly where ``loss_mask`` [B, S] bool is set, repeats possible.
 
-    Both logits [B, A, G, V]; ``valid`` [B, A, G] bool: rows inside the text. Returns a scalar, in nats per row.
+    A stratified draw: one anchor in each of ``count`` equal parts of the masked tokens.
     """
-    depth = torch.arange(valid.shape[-1], device=valid.device)
-    weight = valid * torch.exp(-depth / depth_decay)
-    teacher = teacher_logits.float().softmax(dim=-1)
-    cross_entropy = student_logits.float().logsumexp(dim=-1) - (teacher * student_logits).sum(dim=-1)
-    return (weight * cross_entropy).sum() / weight.sum().clamp(min=1e-6)
+    cumulative = loss_mask.long().cumsum(dim=1)
+    total = cumulative[:, -1:]
+    part = torch.rand(len(loss_mask), count, device=loss_mask.device) + torch.arange(count, device=loss_mask.device)
+    ordinal = (part * total / count).long().clamp(max=total - 1)
+    return torch.searchsorted(cumulative, ordinal + 1).clamp(max=loss_mask.shape[1] - 1)
+
+
+def supervised_rows(base: torch.Tensor, block: int, loss_mask: torch.Tensor, lengths: torch.Tensor):
+    """(positions, valid), both [B, A, G]: where each row of each block stands, and whether it may be learned from.
+
+    A row counts while all tokens from the anchor to its own are the target's text, and so is the token it predicts
+    (or the text ends there). Positions beyond the text are clamped into it.
+    """
+    last = loss_mask.shape[1] - 1
+    positions = base[..., None] + torch.arange(block, device=base.device)
+    rows = torch.arange(len(base), device=base.device)[:, None, None]
+    clamped, following = positions.clamp(max=last), (positions + 1).clamp(max=last)
+    cumulative = loss_mask.long().cumsum(dim=1)
+    before = cumulative[rows, base[..., None]] - 1
+    unbroken = cumulative[rows, clamped] - before == torch.arange(1, block + 1, device=base.device)
+    at_end = positions + 1 >= lengths[:, None, None]
+    return clamped, unbroken & (positions < lengths[:, None, None]) & (at_end | loss_mask[rows, following])
+
+
+def head_loss(
+    head: torch.nn.Module, config, target: PreTrainedModel, batch: dict[str, torch.Tensor], settings: LossSettings
+) -> torch.Tensor:
+    """Mean loss of one batch of ``data.collate``, rows weighted by exp(-depth / depth_decay). Scalar.
+
+    ``head``: a ``KVSpecDraftModel`` (or its data-parallel wrapper) with ``config``. The target's forward runs here,
+    without gradients.
+    """
+    input_ids, lengths, loss_mask = batch["input_ids"], batch["lengths"], batch["loss_mask"]
+    base = sample_anchors(loss_mask, settings.anchors_per_sequence)
+    positions, valid = supervised_rows(base, config.draft_block_size, loss_mask, lengths)
+    rows = torch.arange(len(base), device=base.device)[:, None, None]
+    view = view_target(target, config, input_ids)
+    draft_ids = _draft_ids(head, config)
+    with torch.no_grad():
+        # The distribution that the row's text was drawn from; greedy text would make it infinitely sharp.
+        temperature = batch["temperatures"].clamp(min=settings.min_teacher_temperature)
+        teacher = head_logits(target, view.hidden / temperature[:, None, None], draft_ids)[rows, positions]
+        following = (positions + 1).clamp(max=input_ids.shape[1] - 1)
+        labels, in_text = input_ids[rows, following], positions + 1 < lengths[:, None, None]
+        if draft_ids is not None:
+            index = torch.searchsorted(draft_ids, labels).clamp(max=len(draft_ids) - 1)
+            labels, in_text = index, in_text & (draft_ids[index] == labels)
+    inputs = positions if config.drafting == "autoregressive" else base[..., None]
+    hidden, bias = head(view, base, view.embeds[rows, inputs], previous=input_ids[rows, positions])
+    losses, counted = row_losses(
+        head_logits(target, hidden, draft_ids) + bias, teacher, labels, in_text, settings.loss_fn
+    )
+    depth = torch.arange(config.draft_block_size, device=base.device)
+    weight = (valid & counted) * torch.exp(-depth / settings.depth_decay)
+    return (weight * losses).sum() / weight.sum().clamp(min=1e-6)
+
+
+def _draft_ids(head: torch.nn.Module, config) -> torch.Tensor | None:
+    """The reduced draft vocabulary of a head or of what wraps it."""
+    if config.draft_vocab_size == config.vocab_size:
+        return None
+    return getattr(head, "module", head).draft_token_ids
 
 
 class KVSpecTrainer(Trainer):
     """transformers' Trainer for a head; ``target`` is the frozen causal LM the head is trained for."""
 
-    def __init__(
-        self,
-        *args,
-        target: PreTrainedModel,
-        anchors_per_sequence: int,
-        depth_decay: float,
-        min_teacher_temperature: float = 1.0,
-        **kwargs,
-    ):
+    def __init__(self, *args, target: PreTrainedModel, settings: LossSettings, **kwargs):
         super().__init__(*args, **kwargs)
         self.target = target.eval().requires_grad_(False).to(self.args.device)
-        self.anchors_per_sequence = anchors_per_sequence
-        self.depth_decay = depth_decay
-        self.min_teacher_temperature = min_teacher_temperature
+        self.settings = settings
         # The loss is a mean already, whatever the number of tokens in a batch.
         self.model_accepts_loss_kwargs = False
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Loss of one batch of ``data.collate``."""
-        input_ids, lengths = inputs["input_ids"], inputs["lengths"]
-        config = self.model.config
-        base = sample_anchors(lengths, inputs["prompt_lengths"], self.anchors_per_sequence)
-        positions = base[..., None] + torch.arange(config.draft_block_size, device=base.device)
-        valid = positions < lengths[:, None, None]
-        positions = positions.clamp(max=input_ids.shape[1] - 1)
-        rows = torch.arange(len(lengths), device=base.device)[:, None, None]
-
-        view = view_target(self.target, config, input_ids)
-        anchor_embeds, target_hidden = anchor_inputs(self.target, view, input_ids, base)
-        with torch.no_grad():
-            # The distribution that the row's text was drawn from; greedy text would make it infinitely sharp.
-            teacher_temperature = inputs["temperatures"].clamp(min=self.min_teacher_temperature)
-            teacher_logits = self.target.lm_head(view.hidden / teacher_temperature[:, None, None])[rows, positions]
-        hidden, bias = model(anchor_embeds, base, view.context, target_hidden, previous=input_ids[rows, positions])
-        loss = distillation_loss(self.target.lm_head(hidden) + bias, teacher_logits, valid, self.depth_decay)
-        return (loss, {"hidden": hidden}) if return_outputs else loss
+        loss = head_loss(model, self.model.config, self.target, inputs, self.settings)
+        return (loss, {}) if return_outputs else loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Loss only: a head has no labels of its own."""

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Drafts of any head, in torch: the logits of its blocks and the candidates of its trees. Evaluation uses these."""
+
+import torch
+from transformers import PreTrainedModel
+
+from vllm_kvspec.models.draft_head import KVSpecDraftModel
+from vllm_kvspec.models.target import TargetView, head_logits
+from vllm_kvspec.tree import expand_tree
+
+
+def _whole_vocabulary(head: KVSpecDraftModel, logits: torch.Tensor) -> torch.Tensor:
+    """Logits over a reduced draft vocabulary [..., Vd] -> [..., V], -inf where the head has no score."""
+    if head.draft_token_ids is None:
+        return logits
+    whole = logits.new_full((*logits.shape[:-1], head.config.vocab_size), float("-inf"))
+    return whole.index_copy(-1, head.draft_token_ids, logits)
+
+
+def draft_logits(
+    head: KVSpecDraftModel,
+    target: PreTrainedModel,
+    view: TargetView,
+    input_ids: torch.Tensor,
+    base: torch.Tensor,
+    tokens: torch.Tensor,
+) -> torch.Tensor:
+    """Logits [A, R, V] of the tokens at ``base + 1 ..``, given the path ``tokens`` [A, R] int64 at ``base ..``.
+
+    ``input_ids`` [1, S]: the sequence of ``view``; ``base`` int64 [A]. R is the block size, or less with
+    autoregressive drafting. The path's first token is the anchor. -inf outside a reduced draft vocabulary.
+    """
+    embed = target.get_input_embeddings()
+    rows = tokens if head.config.drafting == "autoregressive" else tokens[:, :1]
+    hidden = head(view, base[None], embed(rows)[None])[0]
+    logits = head_logits(target, hidden, head.draft_token_ids) + head.transition_bias(tokens)
+    return _whole_vocabulary(head, logits)
+
+
+def draft_candidates(
+    head: KVSpecDraftModel,
+    target: PreTrainedModel,
+    view: TargetView,
+    input_ids: torch.Tensor,
+    base: torch.Tensor,
+    noise: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None,
+    *,
+    beam: int,
+    width: int,
+    chain: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Candidates (score, token, parent) of a tree at each anchor, as ``tree.expand_tree`` gives them.
+
+    ``input_ids`` [1, S]: the sequence of ``view``; ``base`` int64 [A]. The other arguments are those of
+    ``tree.expand_tree`` for A requests. Autoregressive heads run once per level over the beam's paths.
+    """
+    anchor = input_ids[0, base]
+    options = {"noise": noise, "scale": scale, "beam": beam, "width": width, "chain": chain}
+    if head.config.drafting == "autoregressive":
+        return _expand_paths(head, target, view, input_ids, base, anchor, options)
+    hidden = head(view, base[None], target.get_input_embeddings()(anchor)[None, :, None])[0]
+    logits = _whole_vocabulary(head, head_logits(target, hidden, head.draft_token_ids))
+    return expand_tree(logits, anchor, *_transition(head), **options)
+
+
+def _transition(head: KVSpecDraftModel) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both factors of the bias over the whole vocabulary; of rank 0 for a head without one."""
+    if not head.config.transition_rank:
+        empty = head.norm.weight.new_zeros(head.config.vocab_size, 0)
+        return empty, empty
+    out = head.transition_out.weight
+    if head.draft_token_ids is not None:
+        out = out.new_zeros(head.config.vocab_size, out.shape[1]).index_copy(0, head.draft_token_ids, out)
+    return head.transition_in.weight, out
+
+
+def _expand_paths(head, target, view, input_ids, base, anchor, options) -> tuple[torch.Tensor, ...]:
+    """Level by level: score the children of the beam's paths, each path with a forward of its own."""
+    anchors, noise, scale = len(base), options["noise"], options["scale"]
+    paths, path_index = anchor.view(-1, 1, 1), torch.full((anchors, 1), -1)
+    path_score = torch.zeros(anchors, 1)
+    found: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+    offset = 0
+    for level in range(head.config.draft_block_size):
+        beam = paths.shape[1]
+        logits = draft_logits(head, target, view, input_ids, base.repeat_interleave(beam), paths.flatten(0, 1))
+        logits = logits[:, -1].view(anchors, beam, -1)
+        if noise is not None:
+            logits = logits + noise[:, level, None]
+        if scale is not None:
+            logits = logits / scale.view(-1, 1, 1)
+        child_score, child_token = logits.log_softmax(dim=-1).topk(options["width"], dim=-1)
+        score, token = (path_score[..., None] + child_score).flatten(1), child_token.flatten(1)
+        if options["chain"] is not None:
+            off_chain = options["chain"][:, None] & (torch.arange(score.shape[1]) > 0)
+            score = score.masked_fill(off_chain, float("-inf"))
+        found.append((score, token, path_index.repeat_interleave(options["width"], dim=1).int()))
+        path_score, best = score.topk(min(options["beam"], score.shape[1]), dim=-1)
+        path_index = best + offset
+        offset += score.shape[1]
+        parent = paths.gather(1, (best // options["width"])[..., None].expand(-1, -1, paths.shape[2]))
+        paths = torch.cat((parent, token.gather(1, best)[..., None]), dim=-1)
+    return tuple(torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
