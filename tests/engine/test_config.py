@@ -15,6 +15,8 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm_kvspec.engine.speculative_config import CPU_WORKER, KVSpecConfig
 from vllm_kvspec.models.create import write_untrained_head
 
+SYNTHETIC = {"rejection_sample_method": "synthetic"}
+
 
 def configure(spec: dict | None, **arguments):
     return EngineArgs(
@@ -74,6 +76,11 @@ def test_tree_shapes(tree, parents):
     assert config.parents == parents
 
 
+def test_synthetic_rates_are_by_depth():
+    config = configure(kvspec(**SYNTHETIC, synthetic_acceptance_rates=[0.9, 0.5], num_speculative_tokens=16))
+    assert config.speculative_config.synthetic_acceptance_rates == [0.9, 0.5, *[0.0] * 14]
+
+
 def test_repr_is_one_line():
     text = repr(configure(kvspec(num_speculative_tokens=5)).speculative_config)
     assert "num_speculative_tokens=5" in text
@@ -95,6 +102,9 @@ def test_repr_is_one_line():
         ({"draft_noise": "loud"}, ["draft_noise", "coupled"]),
         ({"drafter": "oracle"}, ["oracle_file"]),
         ({"rejection_sample_method": "block"}, ["rejection_sample_method", "'block'"]),
+        ({"synthetic_acceptance_length": 2.0}, ["rejection_sample_method='synthetic'"]),
+        ({**SYNTHETIC, "synthetic_acceptance_length": 9.5}, ["the tree's depth, 8", "at most 9", "found 9.5"]),
+        ({**SYNTHETIC, "synthetic_acceptance_rates": [0.5] * 9}, ["must be 0 beyond the tree's depth, 8"]),
         ({"draft_sample_method": "probabilistic"}, ["draft_sample_method", "probabilistic"]),
         ({"draft_tensor_parallel_size": 3}, ["draft_tensor_parallel_size must be 1", "found 3"]),
         ({"model": "/no/such/head"}, ["draft head", "/no/such/head"]),

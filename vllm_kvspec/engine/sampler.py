@@ -6,6 +6,7 @@ the request's seed and the row's true position (``gumbel_sample``, vllm/v1/worke
 of its noise, because the interpreter takes a second for a batch of trees). A child is accepted when it carries that
 token. Whatever the tree, the emitted tokens are the target's own samples at their positions, so
 the output equals plain decoding, token for token under the same seed. A node is accepted with probability p(children).
+(Benchmarks can force acceptance instead: ``engine/synthetic.py``.)
 """
 
 from dataclasses import replace
@@ -20,6 +21,7 @@ from vllm.v1.worker.gpu.sample.states import NO_LOGPROBS
 from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
 
 from vllm_kvspec.engine import ops
+from vllm_kvspec.engine.synthetic import force_acceptance, uniform_by_position
 from vllm_kvspec.engine.tree_state import TreeState
 
 
@@ -75,11 +77,40 @@ class TreeRejectionSampler(RejectionSampler):
             seq_lens_upper_bound_np,
         )
         target_tokens = self._sample_rows(processed_logits, expanded_idx_mapping, pos)
+        if self.synthetic_conditional_rates is not None:
+            target_tokens, verify_draft_sampled = self._force_acceptance(
+                target_tokens, verify_draft_sampled, pos, cu_num_logits, expanded_idx_mapping, expanded_local_pos
+            )
         sampled, num_sampled, path = ops.tree_walk(
             target_tokens, verify_draft_sampled, self.state.parent, cu_num_logits, idx_mapping
         )
         self._chunk_paths.append(path)
         return processed_logits, sampled, num_sampled
+
+    def _force_acceptance(
+        self,
+        target_tokens: torch.Tensor,
+        draft_tokens: torch.Tensor,
+        pos: torch.Tensor,
+        cu_num_logits: torch.Tensor,
+        expanded_idx_mapping: torch.Tensor,
+        depth: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """``rejection_sample_method="synthetic"``: see ``engine/synthetic.py``."""
+        start = self._first_rows(target_tokens.shape[0], cu_num_logits)[1]
+        node = torch.arange(target_tokens.shape[0], device=start.device) - start
+        parent_rows = start + self.state.parent[expanded_idx_mapping.long(), node]
+        uniform = uniform_by_position(self.sampler.sampling_states.seeds.gpu, pos, expanded_idx_mapping)
+        return force_acceptance(
+            target_tokens, draft_tokens, parent_rows, depth, uniform, self.synthetic_conditional_rates
+        )
+
+    @staticmethod
+    def _first_rows(num_rows: int, cu_num_logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of each logits row: its request in the batch, and that request's first row. Both int64 [L]."""
+        rows = torch.arange(num_rows, device=cu_num_logits.device, dtype=cu_num_logits.dtype)
+        request = torch.searchsorted(cu_num_logits[1:], rows, right=True)
+        return request, cu_num_logits[request].long()
 
     def _sample_rows(
         self, processed_logits: torch.Tensor, expanded_idx_mapping: torch.Tensor, pos: torch.Tensor
@@ -116,10 +147,9 @@ class TreeRejectionSampler(RejectionSampler):
         if max_num_logprobs == NO_LOGPROBS:
             return None
         # vLLM pairs logits row i of a request with its sampled token i; on a tree that token came from row path[i].
-        rows = torch.arange(logits.shape[0], device=logits.device, dtype=cu_num_logits.dtype)
-        request = torch.searchsorted(cu_num_logits[1:], rows, right=True)
-        start = cu_num_logits[request]
-        source = start + self._chunk_paths[-1][request, (rows - start).long()]
+        request, start = self._first_rows(logits.shape[0], cu_num_logits)
+        node = torch.arange(logits.shape[0], device=logits.device) - start
+        source = start + self._chunk_paths[-1][request, node]
         return super()._get_logprobs_tensors(
-            sampled, num_sampled, logits[source.long()], cu_num_logits, cu_num_logits_np, max_num_logprobs
+            sampled, num_sampled, logits[source], cu_num_logits, cu_num_logits_np, max_num_logprobs
         )

@@ -82,7 +82,7 @@ class KVSpecConfig(SpeculativeConfig):
     def _refuse_options(self) -> None:
         """SpeculativeConfig's own keys that do not go with sample-and-walk verification."""
         refusals = {
-            "rejection_sample_method": self.rejection_sample_method != "standard",
+            "rejection_sample_method": self.rejection_sample_method not in ("standard", "synthetic"),
             "draft_sample_method": self.draft_sample_method != "greedy",
             "enable_adaptive_verification": self.enable_adaptive_verification,
             "parallel_drafting": self.parallel_drafting,
@@ -134,6 +134,24 @@ class KVSpecConfig(SpeculativeConfig):
                 "num_speculative_tokens."
             )
         self.num_speculative_tokens = nodes
+        self._resolve_synthetic(nodes, min(nodes, head.draft_block_size) if self.tree == "auto" else depth)
+
+    def _resolve_synthetic(self, nodes: int, depth: int) -> None:
+        """Forced acceptance: rates are per depth here, and may stop at the deepest. vLLM checks the rest later."""
+        if self.rejection_sample_method != "synthetic":
+            return
+        rates, length = self.synthetic_acceptance_rates, self.synthetic_acceptance_length
+        if any((rates or [])[depth:]) or (length or 1) > depth + 1:
+            raise ValueError(
+                f"kvspec's synthetic_acceptance_rates must be 0 beyond the tree's depth, {depth}, and "
+                f"synthetic_acceptance_length at most {depth + 1}; found {rates or length}. Lower it or use a deeper tree."
+            )
+        if rates is not None:
+            self.synthetic_acceptance_rates = [*rates, *[0.0] * (nodes - len(rates))][:nodes]
+        logger.warning(
+            "kvspec forces acceptance (rejection_sample_method synthetic): for benchmarks only, the text is NOT the "
+            "target's."
+        )
 
     @property
     def parents(self) -> list[int] | None:
