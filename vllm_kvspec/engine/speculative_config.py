@@ -144,7 +144,7 @@ class KVSpecConfig(SpeculativeConfig):
         if any((rates or [])[depth:]) or (length or 1) > depth + 1:
             raise ValueError(
                 f"kvspec's synthetic_acceptance_rates must be 0 beyond the tree's depth, {depth}, and "
-                f"synthetic_acceptance_length at most {depth + 1}; found {rates or length}. Lower it or use a deeper tree."
+                f"synthetic_acceptance_length at most {depth + 1}; found {rates or length}. Use a deeper tree."
             )
         if rates is not None:
             self.synthetic_acceptance_rates = [*rates, *[0.0] * (nodes - len(rates))][:nodes]
