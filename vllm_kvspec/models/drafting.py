@@ -58,7 +58,7 @@ def draft_candidates(
     anchor = input_ids[0, base]
     options = {"noise": noise, "scale": scale, "beam": beam, "width": width, "chain": chain}
     if head.config.drafting == "autoregressive":
-        return _expand_paths(head, target, view, input_ids, base, anchor, options)
+        return _expand_paths(head, target, view, base, anchor, options)
     hidden = head(view, base[None], target.get_input_embeddings()(anchor)[None, :, None])[0]
     logits = _whole_vocabulary(head, head_logits(target, hidden, head.draft_token_ids))
     return expand_tree(logits, anchor, *_transition(head), **options)
@@ -75,7 +75,7 @@ def _transition(head: KVSpecDraftModel) -> tuple[torch.Tensor, torch.Tensor]:
     return head.transition_in.weight, out
 
 
-def _expand_paths(head, target, view, input_ids, base, anchor, options) -> tuple[torch.Tensor, ...]:
+def _expand_paths(head, target, view, base, anchor, options) -> tuple[torch.Tensor, ...]:
     """Level by level: score the children of the beam's paths, each path with a forward of its own."""
     anchors, noise, scale = len(base), options["noise"], options["scale"]
     paths, path_index = anchor.view(-1, 1, 1), torch.full((anchors, 1), -1)
@@ -84,8 +84,10 @@ def _expand_paths(head, target, view, input_ids, base, anchor, options) -> tuple
     offset = 0
     for level in range(head.config.draft_block_size):
         beam = paths.shape[1]
-        logits = draft_logits(head, target, view, input_ids, base.repeat_interleave(beam), paths.flatten(0, 1))
-        logits = logits[:, -1].view(anchors, beam, -1)
+        rows = target.get_input_embeddings()(paths.flatten(0, 1))
+        last = head(view, base.repeat_interleave(beam)[None], rows[None])[0, :, -1].view(anchors, beam, -1)
+        logits = head_logits(target, last, head.draft_token_ids) + head.transition_bias(paths[..., -1])
+        logits = _whole_vocabulary(head, logits)
         if noise is not None:
             logits = logits + noise[:, level, None]
         if scale is not None:
