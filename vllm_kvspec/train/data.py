@@ -1,40 +1,88 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Text that the target wrote itself: prompts cut from given texts, continued by the target, kept as jsonl.
+"""Texts and training rows: reading given texts, prompts cut from them, the target's continuations, rows as batches.
 
-A head learns what its target says next, so it must be trained on the target's own words. One row of the written file is
+A head learns what its target says next, so it must be trained on the target's own words. One training row is
 ``{"input_ids": [...], "loss_mask": [0 or 1, ...], "temperature": t}``; the mask is 1 where the target wrote the token.
-The texts come as jsonl rows with ``text``, or with ``messages`` (chats, whose last answer is what the target writes
-again).
 """
 
 import json
 import logging
 import random
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable
 from itertools import groupby
 from pathlib import Path
 
 import torch
-from datasets import Dataset, load_dataset
-from datasets.exceptions import DatasetGenerationError
+from datasets import Dataset, concatenate_datasets, load_dataset
+from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from vllm_kvspec.train.conversations import FEATURES, FORMATS, normalize
 
 logger = logging.getLogger(__name__)
 
 # A character budget per token, generous for any tokenizer: only the first tokens of a cut text become the prompt.
 CHARACTERS_PER_TOKEN = 16
+FILE_BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}
 ROW_KEYS = ("input_ids", "loss_mask", "temperature")
 
 
-def load_texts(paths: list[str]) -> Dataset:
-    """Rows with ``text`` or ``messages`` from jsonl files. Raises ValueError when neither is there."""
-    rows = load_dataset("json", data_files=paths, split="train")
-    if not {"text", "messages"} & set(rows.column_names):
+def load_texts(paths: list[str], split: str = "train") -> Dataset:
+    """Rows with ``text`` (str) or ``messages`` ([{role, content}]), the other one None.
+
+    ``paths`` are files (jsonl, json, parquet, txt) or names of Hugging Face datasets, of which ``split`` is read; the
+    forms are those of ``train.conversations``. Rows that cannot be used are left out and counted in the log. Raises
+    ValueError for a missing or empty file, for unknown keys, and when nothing is left.
+    """
+    parts = []
+    for path in paths:
+        rows = _load(path, split)
+        if not set(FORMATS) & set(rows.column_names):
+            raise ValueError(
+                f"Texts must have one of the keys {', '.join(FORMATS)}; {path} has {', '.join(rows.column_names)}. "
+                "Rename the key, or convert the rows."
+            )
+        parts.append(rows.map(normalize, remove_columns=rows.column_names, features=FEATURES, desc="reading texts"))
+    rows = concatenate_datasets(parts)
+    problems = Counter(rows["problem"])
+    usable = problems.pop(None, 0)
+    counts = ", ".join(f"{count} {problem}" for problem, count in problems.most_common())
+    if not usable:
+        raise ValueError(f"{paths} must have a text or a chat with a user turn; found none ({counts}). Check the rows.")
+    if problems:
+        logger.warning("%d of %d texts are left out: %s.", len(rows) - usable, len(rows), counts)
+        rows = rows.filter(lambda problem: problem is None, input_columns="problem")
+    return rows.remove_columns("problem")
+
+
+def _load(path: str, split: str) -> Dataset:
+    """One file or Hugging Face dataset. Raises ValueError when it cannot be read."""
+    file, builder = Path(path), FILE_BUILDERS.get(_suffix(path))
+    if file.is_file() and not file.stat().st_size:
+        raise ValueError(f"Texts must be in {path}, found an empty file; write them there or name another file.")
+    if builder and not file.is_file():
+        raise ValueError(f"Texts must be in {path}, found no such file; check the path.")
+    if file.is_file() and not builder:
         raise ValueError(
-            f'Text files must be jsonl with a "text" or a "messages" key, found {rows.column_names} in {paths}; '
-            "rewrite them so."
+            f"Files of texts must end in {', '.join(FILE_BUILDERS)}, found {path}; rename or convert the file."
         )
-    return rows
+    try:
+        if builder == "text":
+            return load_dataset(builder, data_files=path, split="train", sample_by="document")
+        if builder:
+            return load_dataset(builder, data_files=path, split="train")
+        return load_dataset(path, split=split)
+    except (DatasetGenerationError, DatasetNotFoundError, OSError, ValueError) as error:
+        raise ValueError(
+            f"{path} must be a readable file or the name of a Hugging Face dataset with a split {split!r}; found: "
+            f"{error.__cause__ or error}. Check the name and the file's rows."
+        ) from error
+
+
+def _suffix(path: str) -> str:
+    """The file's suffix without that of its compression."""
+    return Path(path.removesuffix(".gz").removesuffix(".zst")).suffix
 
 
 def cut_prompts(
@@ -92,20 +140,32 @@ def continue_prompts(
     ``temperature`` 0 is greedy. ``logits_processor`` (transformers) may add noise of its own to greedy decoding.
     """
     # Padding on the left keeps every prompt's last token in the last column.
-    batch = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(target.device)
-    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature > 0 else {"do_sample": False}
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+    rows = [torch.tensor(prompt) for prompt in prompts]
+    ids = torch.nn.utils.rnn.pad_sequence(rows, True, pad, padding_side="left").to(target.device)
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=target.device)
+    mask = torch.arange(ids.shape[1], device=target.device) >= ids.shape[1] - lengths[:, None]
+    # The whole distribution, whatever the target's generation_config.json narrows it to.
+    sampling = {"do_sample": False}
+    if temperature > 0:
+        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
     out = target.generate(
-        input_ids=batch["input_ids"],
-        attention_mask=batch["attention_mask"],
+        input_ids=ids,
+        attention_mask=mask.long(),
         max_new_tokens=max_new_tokens,
-        pad_token_id=tokenizer.pad_token_id,
+        pad_token_id=pad,
+        repetition_penalty=1.0,
         logits_processor=logits_processor,
         **sampling,
     )
+    ends = end_tokens(target)
+    return [prompt + _until(row[ids.shape[1] :].tolist(), ends) for prompt, row in zip(prompts, out, strict=True)]
+
+
+def end_tokens(target: PreTrainedModel) -> set[int | None]:
+    """Tokens after which the target says nothing more."""
     ends = target.generation_config.eos_token_id
-    ends = set(ends if isinstance(ends, list) else [ends])
-    width = batch["input_ids"].shape[1]
-    return [prompt + _until(row[width:].tolist(), ends) for prompt, row in zip(prompts, out, strict=True)]
+    return set(ends if isinstance(ends, list) else [ends])
 
 
 def _until(tokens: list[int], ends: set[int | None]) -> list[int]:
@@ -113,36 +173,6 @@ def _until(tokens: list[int], ends: set[int | None]) -> list[int]:
         if token in ends:
             return tokens[: i + 1]
     return tokens
-
-
-def generate_rows(
-    target: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: list[list[int]],
-    *,
-    max_new_tokens: int,
-    temperatures: list[float],
-    batch_size: int,
-) -> Iterator[dict]:
-    """Training rows, batch by batch; batches take the ``temperatures`` in turn."""
-    for index, first in enumerate(range(0, len(prompts), batch_size)):
-        chunk, temperature = prompts[first : first + batch_size], temperatures[index % len(temperatures)]
-        rows = continue_prompts(target, tokenizer, chunk, max_new_tokens=max_new_tokens, temperature=temperature)
-        for prompt, ids in zip(chunk, rows, strict=True):
-            mask = [0] * len(prompt) + [1] * (len(ids) - len(prompt))
-            yield {"input_ids": ids, "loss_mask": mask, "temperature": float(temperature)}
-
-
-def write_rows(rows: Iterable[dict], path: Path) -> int:
-    """Write rows as jsonl and return how many."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    count = 0
-    with path.open("w") as file:
-        for row in rows:
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-            count += 1
-    return count
 
 
 def sidecar_path(path: Path) -> Path:

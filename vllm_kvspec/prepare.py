@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The prepare command: training rows that the target itself writes, by vLLM's engine where it can.
+
+This module stands above ``train``, which never imports vLLM; vLLM is imported when the first prompt is there.
+"""
+
+import hashlib
+import importlib.metadata
+import logging
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoTokenizer
+
+from vllm_kvspec.config import target_fingerprint
+from vllm_kvspec.train.data import load_texts
+from vllm_kvspec.train.prepare import (
+    Answer,
+    Request,
+    Settings,
+    Writer,
+    check_template,
+    plan_prompts,
+    transformers_writer,
+    write_rows,
+)
+from vllm_kvspec.train.record import versions
+from vllm_kvspec.train.rows_file import Progress, RowsFile
+
+logger = logging.getLogger(__name__)
+
+
+def prepare(
+    target_model: str, data_path: list[str], output: Path, *, split: str, command: str, **settings: Any
+) -> Progress:
+    """Write the training rows of ``data_path`` to ``output``, or go on where an interrupted run ended.
+
+    ``settings``: fields of ``train.prepare.Settings``; ``max_length`` is lowered to the target's context. ``command``
+    is recorded. Returns how much was written. Raises ValueError, before anything is written, for unusable texts,
+    settings or output.
+    """
+    config, tokenizer = AutoConfig.from_pretrained(target_model), AutoTokenizer.from_pretrained(target_model)
+    chosen = Settings(**settings | {"max_length": _context(config, settings)})
+    texts = load_texts(data_path, split)
+    if any(messages is not None for messages in texts["messages"]):
+        check_template(tokenizer, chosen.regenerate)
+    plan = plan_prompts(texts, chosen.num_prompts, chosen.seed)
+    record = {
+        "command": command,
+        "versions": versions() | {"vllm": _vllm_version()},
+        "settings": asdict(chosen),
+        "target": target_fingerprint(config.get_text_config(), tokenizer),
+        "weights": _weights(target_model, config),
+        "data": [_described(path, split) for path in data_path],
+        "prompts": len(plan),
+    }
+    record["target"]["name_or_path"] = target_model
+    file = RowsFile(output, record)
+    if file.finished:
+        logger.info("%s is finished; nothing to do.", output)
+        return file.progress
+    write_rows(file, texts, plan, tokenizer, chosen, lambda: _make_writer(target_model, tokenizer, chosen))
+    if file.progress.left_out:
+        counts = ", ".join(f"{count} {reason}" for reason, count in file.progress.left_out.items())
+        logger.warning("Of %d prompts left out: %s.", len(plan), counts)
+    return file.progress
+
+
+def _context(config: Any, settings: dict[str, Any]) -> int:
+    """Tokens that a row can have: asked for, held by the target, and by the engine when it is given a length."""
+    limits = [settings["max_length"], config.get_text_config().max_position_embeddings]
+    return min([*limits, *filter(None, [settings["engine_args"].get("max_model_len")])])
+
+
+def _make_writer(target_model: str, tokenizer: Any, settings: Settings) -> Writer:
+    if settings.regenerate == "engine":
+        return engine_writer(target_model, settings)
+    from vllm_kvspec.train.run import load_target
+
+    return transformers_writer(load_target(target_model)[0], tokenizer)
+
+
+def engine_writer(target_model: str, settings: Settings) -> Writer:
+    """Answers by vLLM's engine, decoding as it serves: all of softmax(logits / temperature), no top-k or top-p.
+
+    The same requests give the same answers, whatever came before: each has a seed, batches are scheduled in this
+    process, and the prefix cache is emptied between them. Raises ValueError when vLLM is not installed.
+    """
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    if not torch.cuda.is_available():
+        # Without a GPU, vLLM's own kernels need Triton's interpreter too; read when triton is imported.
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+    try:
+        from vllm import LLM, SamplingParams
+    except ImportError as error:
+        raise ValueError(
+            f"Regeneration by the engine needs vLLM, found none ({error}); install it or use --regenerate transformers."
+        ) from error
+    arguments = {"max_model_len": settings.max_length, "seed": settings.seed} | settings.engine_args
+    llm = LLM(target_model, **arguments)
+
+    def write(requests: list[Request]) -> list[Answer]:
+        llm.reset_prefix_cache()
+        params = [
+            SamplingParams(temperature=r.temperature, seed=r.seed, max_tokens=r.max_new_tokens, detokenize=False)
+            for r in requests
+        ]
+        prompts = [{"prompt_token_ids": request.prompt} for request in requests]
+        outputs = [output.outputs[0] for output in llm.generate(prompts, params, use_tqdm=False)]
+        return [Answer(list(o.token_ids), finished=o.finish_reason == "stop") for o in outputs]
+
+    return write
+
+
+def _vllm_version() -> str | None:
+    try:
+        return importlib.metadata.version("vllm")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _weights(target_model: str, config: Any) -> str | list:
+    """What tells these weights from others: files with sizes and times, or the commit of a repository."""
+    if not Path(target_model).is_dir():
+        return getattr(config, "_commit_hash", None) or target_model
+    files = sorted(Path(target_model).glob("*.safetensors")) or sorted(Path(target_model).glob("*.bin"))
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+
+
+def _described(path: str, split: str) -> dict[str, Any]:
+    """A data file by its contents, a Hugging Face dataset by its name."""
+    file = Path(path)
+    if not file.is_file():
+        return {"name": path, "split": split}
+    with file.open("rb") as opened:
+        digest = hashlib.file_digest(opened, "sha256").hexdigest()
+    return {"name": file.name, "bytes": file.stat().st_size, "sha256": digest}
