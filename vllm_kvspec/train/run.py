@@ -1,121 +1,185 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The train and generate commands: parse, load, call the library, write the head with the record of how it was made."""
+"""The train command: check everything, then train, then write the head with the record of how it was made.
+
+Memory of a step, beside the weights of target and head, the optimizer's two moments and the head's gradients. The
+target runs online, without gradients. With B sequences of S tokens, A anchors a sequence, blocks of G rows and V
+scored tokens:
+
+    target's KV                2 * target layers * Hkv * D * B * S      values, in the target's dtype
+    target's hidden states     B * S * H                                times 1 + layers with auxiliary layers
+    logits, softmax, gradient  about 6 * B * A * G * V                  float32: usually the most
+
+The last shrinks with ``anchors_per_sequence``, ``per_device_train_batch_size`` (and ``gradient_accumulation_steps``)
+and ``draft_vocab_size``. ``training.json`` states the peak of the run.
+"""
 
 import json
 import logging
-import random
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, TrainingArguments
+from datasets import Dataset
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from vllm_kvspec.config import KVSpecDraftConfig, check_fingerprint, target_fingerprint, tokenizer_sha256
 from vllm_kvspec.models.draft_head import KVSpecDraftModel, head_config_for
-from vllm_kvspec.train.arguments import DataArguments, HeadArguments
-from vllm_kvspec.train.data import collate, cut_prompts, generate_rows, load_rows, load_texts, write_rows
+from vllm_kvspec.train.arguments import DataArguments, HeadArguments, parse, settings
+from vllm_kvspec.train.checkpoints import RECORD_NAME, find_checkpoint, is_finished, write_settings
+from vllm_kvspec.train.data import collate, load_rows
+from vllm_kvspec.train.record import RunCallback, loss_history, memory, versions, write_head
 from vllm_kvspec.train.trainer import KVSpecTrainer, init_from_target
+from vllm_kvspec.train.vocabulary import frequent_tokens, token_counts
 
 logger = logging.getLogger(__name__)
 
 
-def load_target(name: str, dtype: torch.dtype = torch.float32):
-    """A target (causal LM in ``dtype``) and its tokenizer."""
+def load_target(name: str, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None):
+    """A target (causal LM in ``dtype``, on ``device`` or else on the GPU if there is one) and its tokenizer."""
     target = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
-    if torch.cuda.is_available():
-        target = target.cuda()
+    target = target.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return target.eval(), AutoTokenizer.from_pretrained(name)
 
 
-def make_head(arguments: HeadArguments, data: DataArguments, target, tokenizer) -> KVSpecDraftModel:
-    """A head to train: new for this target, or the one of ``data.from_pretrained``."""
-    if data.from_pretrained:
-        return KVSpecDraftModel.from_pretrained(data.from_pretrained, dtype=torch.float32)
-    config = head_config_for(
-        target.config.get_text_config(),
-        tokenizer,
-        context=arguments.context,
-        draft_block_size=arguments.draft_block_size,
-        num_hidden_layers=arguments.num_layers,
-        intermediate_size=arguments.intermediate_size,
-        target_kv_layer_ids=arguments.target_kv_layer_ids,
-        transition_rank=arguments.transition_rank,
-    )
+def count_parameters(config: KVSpecDraftConfig) -> int:
+    """Trainable parameters of a head, without building it."""
+    with torch.device("meta"):
+        return KVSpecDraftModel(config).num_parameters()
+
+
+def fit_intermediate_size(target_config, fields: dict, num_parameters: int) -> int:
+    """The MLP width with which a head of these config ``fields`` comes closest to ``num_parameters``.
+
+    Raises ValueError when even a width of 1 has more.
+    """
+    sizes = [fields | {"intermediate_size": width} for width in (1, 2)]
+    least, next_least = (count_parameters(head_config_for(target_config, **size)) for size in sizes)
+    if num_parameters < least:
+        raise ValueError(
+            f"num_parameters must be at least {least}, the head without its MLP, got {num_parameters}; raise it, or "
+            "lower num_layers or transition_rank."
+        )
+    return 1 + round((num_parameters - least) / (next_least - least))
+
+
+def head_config(arguments: HeadArguments, from_pretrained: str | None, target_config, tokenizer) -> KVSpecDraftConfig:
+    """The shape of the head to train: new for this target, or that of the head that training starts from."""
+    if from_pretrained:
+        config = KVSpecDraftConfig.from_pretrained(from_pretrained)
+        arguments.check_against(config)
+        check_fingerprint(config, target_fingerprint(target_config, tokenizer))
+        return config
+    fields = arguments.config_fields()
+    if arguments.num_parameters:
+        fields["intermediate_size"] = fit_intermediate_size(target_config, fields, arguments.num_parameters)
+    return head_config_for(target_config, tokenizer, **fields)
+
+
+def make_head(
+    config: KVSpecDraftConfig, from_pretrained: str | None, target: PreTrainedModel, counts: torch.Tensor
+) -> KVSpecDraftModel:
+    """The head at the start of training, float32; ``counts`` [V] choose a reduced draft vocabulary."""
+    if from_pretrained:
+        return KVSpecDraftModel.from_pretrained(from_pretrained, dtype=torch.float32)
     head = KVSpecDraftModel(config)
+    if config.draft_vocab_size < config.vocab_size:
+        head.set_draft_vocabulary(frequent_tokens(counts, config.draft_vocab_size))
     init_from_target(head, target)
     return head
 
 
 def train(argv: Sequence[str], **parser_options) -> Path:
-    """Train a head as ``argv`` says and write it in bfloat16 with ``training.json`` beside it.
+    """Train a head as ``argv`` says and write it in bfloat16 with ``training.json`` and a model card.
 
-    ``parser_options`` (prog, epilog) are for the help text. Returns the head's directory.
+    An interrupted run goes on from its newest complete checkpoint; a finished one is left as it is. With several
+    processes (torchrun) only the first one writes. ``parser_options`` (prog, epilog) are for the help text. Returns the
+    head's directory. Raises ValueError, before anything is written, for arguments, data or directories that do not fit.
     """
-    parser = HfArgumentParser((HeadArguments, DataArguments, TrainingArguments), **parser_options)
-    head_args, data_args, args = parser.parse_args_into_dataclasses(list(argv))
-    args.remove_unused_columns = False
+    head_args, data, args = parse(argv, **parser_options)
+    output, checkpoints = Path(args.output_dir), Path(f"{args.output_dir}.checkpoints")
+    args.output_dir = str(checkpoints)
+    chosen = settings(head_args, data, args)
+    say = logger.info if args.should_save else logger.debug
+    if is_finished(output, chosen, data.overwrite_output_dir):
+        say("%s holds the head that these settings make; nothing to do.", output)
+        return output
+    resume_from = find_checkpoint(checkpoints, chosen, resume=not data.no_resume, overwrite=data.overwrite_output_dir)
+
+    target_config = AutoConfig.from_pretrained(head_args.target_model).get_text_config()
+    tokenizer = AutoTokenizer.from_pretrained(head_args.target_model)
+    config = head_config(head_args, data.from_pretrained, target_config, tokenizer)
+    with args.main_process_first(desc="reading the rows"):
+        rows = load_rows(
+            data.data_path,
+            config.draft_block_size,
+            tokenizer_sha256=tokenizer_sha256(tokenizer),
+            max_length=target_config.max_position_embeddings,
+        )
+    counts = token_counts(rows, config.vocab_size)
+    target, _ = load_target(head_args.target_model, torch.bfloat16 if args.bf16 else torch.float32, args.device)
     torch.manual_seed(args.seed)
-    target, tokenizer = load_target(head_args.target_model)
-    head = make_head(head_args, data_args, target, tokenizer)
-    rows = load_rows(data_args.data_path, head.config.draft_block_size)
-    logger.info("%d training rows, head of %d parameters", len(rows), head.num_parameters())
-    output = Path(args.output_dir)
-    # The finished head goes to output_dir; intermediate checkpoints beside it, where they can be thrown away.
-    args.output_dir = f"{output}.checkpoints"
+    head = make_head(config, data.from_pretrained, target, counts)
+    record = _record_start(argv, chosen, data, head, rows, counts)
+    if data.dry_run:
+        if args.should_save:
+            write_head(head, output, record | {"dry_run": True, "memory": memory(head, target)})
+        say("Dry run: wrote an untrained head to %s.", output)
+        return output
+
     trainer = KVSpecTrainer(
         model=head,
         args=args,
         train_dataset=rows,
         data_collator=collate,
+        callbacks=[RunCallback()],
         target=target,
-        anchors_per_sequence=data_args.anchors_per_sequence,
-        depth_decay=data_args.depth_decay,
-        min_teacher_temperature=data_args.min_teacher_temperature,
+        settings=data.loss_settings(),
     )
-    result = trainer.train()
-    head.to(torch.bfloat16).save_pretrained(output)
-    report = {
-        "command": "vllm-kvspec train " + " ".join(argv),
-        "parameters": head.num_parameters(),
-        "rows": len(rows),
-        "steps": result.global_step,
-        "seconds": round(result.metrics["train_runtime"]),
-        "train_loss": result.training_loss,
-        "loss_history": [
-            {"step": entry["step"], "loss": round(float(entry["loss"]), 4)}
-            for entry in trainer.state.log_history
-            if "loss" in entry
-        ],
-    }
-    earlier = Path(data_args.from_pretrained or "") / "training.json"
-    if data_args.from_pretrained and earlier.is_file():
-        report["started_from"] = json.loads(earlier.read_text())
-    (output / "training.json").write_text(json.dumps(report, indent=2) + "\n")
+    if args.should_save:
+        write_settings(checkpoints, chosen)
+    say(
+        "Training a head of %d parameters on %d rows%s.",
+        record["parameters"],
+        len(rows),
+        f", going on from {resume_from}" if resume_from else "",
+    )
+    result = trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+    if args.should_save:
+        history = trainer.state.log_history
+        write_head(
+            head,
+            output,
+            record
+            | {
+                "steps": result.global_step,
+                "seconds": history[-1]["elapsed"],
+                "memory": memory(head, target),
+                "loss_history": loss_history(history),
+            },
+        )
+    trainer.accelerator.wait_for_everyone()
+    say("Wrote %s.", output)
     return output
 
 
-def generate(
-    target_model: str,
-    data_path: list[str],
-    output: Path,
-    *,
-    num_prompts: int,
-    prompt_length: int,
-    max_new_tokens: int,
-    temperatures: list[float],
-    batch_size: int,
-    seed: int,
-) -> int:
-    """Write the target's continuations of prompts cut from ``data_path``; returns the number of rows."""
-    target, tokenizer = load_target(target_model)
-    torch.manual_seed(seed)
-    prompts = cut_prompts(load_texts(data_path), tokenizer, num_prompts, prompt_length, seed)
-    random.Random(seed).shuffle(prompts)
-    rows = generate_rows(
-        target,
-        tokenizer,
-        prompts,
-        max_new_tokens=max_new_tokens,
-        temperatures=temperatures,
-        batch_size=batch_size,
-    )
-    return write_rows(rows, output)
+def _record_start(
+    argv: Sequence[str], chosen: dict, data: DataArguments, head: KVSpecDraftModel, rows: Dataset, counts: torch.Tensor
+) -> dict:
+    """What ``training.json`` says about a run that is yet to start."""
+    record = {
+        "command": "vllm-kvspec train " + shlex.join(argv),
+        "settings": chosen,
+        "versions": versions(),
+        "parameters": head.num_parameters(),
+        "rows": len(rows),
+        "supervised_tokens": int(counts.sum()),
+        "steps": 0,
+        "seconds": 0,
+    }
+    if head.draft_token_ids is not None:
+        record["draft_vocab_coverage"] = (counts[head.draft_token_ids].sum() / counts.sum()).item()
+    earlier = Path(data.from_pretrained or "") / RECORD_NAME
+    if data.from_pretrained and earlier.is_file():
+        record["started_from"] = json.loads(earlier.read_text())
+    return record
