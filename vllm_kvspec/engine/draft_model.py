@@ -29,6 +29,8 @@ STACKED = (
     ("gate_up_proj", "gate_proj", 0),
     ("gate_up_proj", "up_proj", 1),
 )
+# Both say the same: token i of a reduced draft vocabulary is the target's i + d2t[i], and t2d marks those tokens.
+DRAFT_VOCABULARY = ("d2t", "t2d")
 
 
 class KVSpecAttention(nn.Module):
@@ -40,8 +42,8 @@ class KVSpecAttention(nn.Module):
         self.head_dim = config.head_dim
         self.num_heads = config.num_attention_heads // tp_size
         self.num_kv_heads = max(1, config.num_key_value_heads // tp_size)
-        self.block_size = config.draft_block_size
         self.scale = config.head_dim**-0.5
+        self.causal = config.drafting == "autoregressive"
         self.qkv_proj = QKVParallelLinear(
             config.hidden_size,
             config.head_dim,
@@ -65,9 +67,9 @@ class KVSpecAttention(nn.Module):
         block_table: torch.Tensor,
         context_lens: torch.Tensor,
     ) -> torch.Tensor:
-        """``hidden`` [B*G, H], ``positions`` int64 [B*G], ``block_table`` int32 [>=B, M], ``context_lens`` int32 [B].
+        """``hidden`` [B*R, H], ``positions`` int64 [B*R], ``block_table`` int32 [>=B, M], ``context_lens`` int32 [B].
 
-        Returns [B*G, H].
+        Returns [B*R, H].
         """
         qkv, _ = self.qkv_proj(hidden)
         q_size, kv_size = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
@@ -76,7 +78,7 @@ class KVSpecAttention(nn.Module):
             q = self.q_norm(q.reshape(-1, self.num_heads, self.head_dim)).view(-1, q_size)
             k = self.k_norm(k.reshape(-1, self.num_kv_heads, self.head_dim)).view(-1, kv_size)
         q, k = self.rotary_emb(positions, q, k)
-        rows = (-1, self.block_size)
+        rows = (len(context_lens), -1)
         q = q.view(*rows, self.num_heads, self.head_dim)
         out = ops.paged_draft_attention(
             q,
@@ -88,6 +90,7 @@ class KVSpecAttention(nn.Module):
             v.reshape(*rows, self.num_kv_heads, self.head_dim),
             scale=self.scale,
             sliding_window=target.sliding_window,
+            causal=self.causal,
             k_scale=target.k_scale,
             v_scale=target.v_scale,
             out=torch.empty_like(q),
@@ -127,7 +130,11 @@ class KVSpecLayer(nn.Module):
 
 
 class KVSpecDraftModel(nn.Module):
-    """Built and loaded by vLLM's model loader from the head's checkpoint."""
+    """Built and loaded by vLLM's model loader from the head's checkpoint.
+
+    ``transition``: both factors of the bias, [V, r] and [Vd, r], or (None, None) for a head without one. ``draft_ids``:
+    target ids int64 [Vd] of a reduced draft vocabulary, or None.
+    """
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__()
@@ -136,48 +143,64 @@ class KVSpecDraftModel(nn.Module):
         # A tree node may sit a block beyond the last position the target will ever decode.
         max_position = vllm_config.model_config.max_model_len + config.draft_block_size
         hidden = config.hidden_size
-        self.block_embedding = nn.Parameter(torch.empty(config.draft_block_size, hidden))
+        if config.drafting == "block":
+            self.block_embedding = nn.Parameter(torch.empty(config.draft_block_size, hidden))
         if config.context == "hybrid":
             self.context_proj = nn.Linear(2 * hidden, hidden, bias=False)
         self.layers = nn.ModuleList(
             KVSpecLayer(config, max_position, f"{prefix}.layers.{i}") for i in range(config.num_hidden_layers)
         )
         self.norm = RMSNorm(hidden, eps=config.rms_norm_eps)
-        self.transition_in = nn.Embedding(config.vocab_size, config.transition_rank)
-        self.transition_out = nn.Linear(config.transition_rank, config.vocab_size, bias=False)
+        if config.transition_rank:
+            self.transition_in = nn.Embedding(config.vocab_size, config.transition_rank)
+            self.transition_out = nn.Linear(config.transition_rank, config.draft_vocab_size, bias=False)
+        is_reduced = config.draft_vocab_size < config.vocab_size
+        self.register_buffer("draft_ids", torch.arange(config.draft_vocab_size) if is_reduced else None)
+
+    @property
+    def transition(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        if not self.config.transition_rank:
+            return None, None
+        return self.transition_in.weight, self.transition_out.weight
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         """vLLM's registry asks every generation model for it; the head's embedding is the target's."""
         raise NotImplementedError("a kvspec head uses its target's embedding")
 
-    def block_inputs(self, anchor_embeds: torch.Tensor, target_hidden: torch.Tensor) -> torch.Tensor:
-        """``anchor_embeds``, ``target_hidden`` [B, H] -> the block's inputs [B, G, H]."""
-        first = anchor_embeds + self.block_embedding[0]
-        if self.config.context == "hybrid":
-            first = self.context_proj(torch.cat((first, target_hidden), dim=-1))
+    def block_rows(self, anchor_embeds: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+        """Inputs of a block drafted in one pass: ``anchor_embeds``, ``state`` [B, H] -> [B, G, H]."""
+        first = self.path_row(anchor_embeds + self.block_embedding[0], state)
         rest = self.block_embedding[1:].expand(first.shape[0], -1, -1)
         return torch.cat((first.unsqueeze(1), rest), dim=1)
 
+    def path_row(self, embeds: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+        """Input of a row: its embedding and, with context "hybrid", a hidden state of one position earlier; [..., H].
+
+        ``state`` is the target's (after the final norm) for the anchor, and the head's own output for later rows.
+        """
+        if self.config.context == "kv":
+            return embeds
+        return self.context_proj(torch.cat((embeds, state), dim=-1))
+
     def forward(
         self,
-        anchor_embeds: torch.Tensor,
-        target_hidden: torch.Tensor,
+        rows: torch.Tensor,
         base: torch.Tensor,
         context: list[PagedLayer],
         block_tables: list[torch.Tensor],
     ) -> torch.Tensor:
-        """Score one block per request.
+        """Score one block of rows per request (or per path of one).
 
-        anchor_embeds, target_hidden: [B, H]. base: int32 [B], the anchors' positions, which is also how many positions
-        of target KV each request sees. context: one PagedLayer per head layer. block_tables: int32 [>=B, M] per KV
-        cache group. Returns normed hidden states [B, G, H]; row d predicts the token at base + 1 + d.
+        rows: [B, R, H], the rows' inputs. base: int32 [B], position of the first row, which is also how many positions
+        of target KV the rows see. context: one PagedLayer per head layer. block_tables: int32 [>=B, M] per KV cache
+        group. Returns normed hidden states [B, R, H]; row d predicts the token at base + 1 + d. Rows see their whole
+        block, or with autoregressive drafting the rows up to themselves.
         """
-        batch, block = base.shape[0], self.config.draft_block_size
-        hidden = self.block_inputs(anchor_embeds, target_hidden).flatten(0, 1)
-        positions = (base.long()[:, None] + torch.arange(block, device=base.device)).flatten()
+        positions = (base.long()[:, None] + torch.arange(rows.shape[1], device=base.device)).flatten()
+        hidden = rows.flatten(0, 1)
         for layer, target in zip(self.layers, context, strict=True):
             hidden = layer(hidden, positions, target, block_tables[target.group], base)
-        return self.norm(hidden).view(batch, block, -1)
+        return self.norm(hidden).view(rows.shape)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load the checkpoint's tensors; raises ValueError for a tensor the head lacks or one it does not get."""
@@ -185,25 +208,40 @@ class KVSpecDraftModel(nn.Module):
         loaded: set[str] = set()
         parts: set[str] = set()
         for name, tensor in weights:
+            parts.add(name)
+            if name in DRAFT_VOCABULARY and self.draft_ids is not None:
+                if name == "d2t":
+                    self._set_draft_ids(tensor)
+                continue
             target, shard = name, None
             for ours, theirs, shard_id in STACKED:
                 if f".{theirs}." in name:
                     target, shard = name.replace(theirs, ours), shard_id
             if target not in parameters:
                 raise ValueError(
-                    f"The draft head's checkpoint has a tensor {name} that this head ({self.config.context} context) "
-                    "does not have. Use a config.json and model.safetensors from the same training run."
+                    f"The draft head's checkpoint has a tensor {name} that this head ({self.config.context} context, "
+                    f"{self.config.drafting} drafting) does not have. Use a config.json and model.safetensors from the "
+                    "same training run."
                 )
             parameter = parameters[target]
             loader = getattr(parameter, "weight_loader", default_weight_loader)
             loader(parameter, tensor, *(() if shard is None else (shard,)))
             loaded.add(target)
-            parts.add(name)
         self._require_all(parameters, parts)
         return loaded
 
+    def _set_draft_ids(self, offsets: torch.Tensor) -> None:
+        ids = torch.arange(len(offsets), device="cpu") + offsets.cpu()
+        if ids.shape != self.draft_ids.shape or ids.min() < 0 or ids.max() >= self.config.vocab_size:
+            raise ValueError(
+                f"The draft head's d2t must map {len(self.draft_ids)} draft tokens to target ids below "
+                f"{self.config.vocab_size}; found {len(ids)} that map to {int(ids.min())}..{int(ids.max())}. Use a "
+                "config.json and model.safetensors from the same training run."
+            )
+        self.draft_ids.copy_(ids)
+
     def _require_all(self, parameters: dict[str, torch.Tensor], parts: set[str]) -> None:
-        expected = set()
+        expected = set() if self.draft_ids is None else {"d2t"}
         for name in parameters:
             stacked = [name.replace(ours, theirs) for ours, theirs, _ in STACKED if f".{ours}." in name]
             expected.update(stacked or [name])

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The user's ``--speculative-config`` for kvspec: parsing, defaults, and every refusal that can be made at start."""
 
+from collections import Counter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -49,6 +50,7 @@ class KVSpecConfig(SpeculativeConfig):
         self._refuse_options()
         self.prompt_lookup_max = self.prompt_lookup_min = 0
         head = load_head_config(self.model, self.revision)
+        check_servable(head)
         self._resolve_tree(head)
         check_head_fits(head, target)
         self.draft_model_config = ModelConfig(
@@ -127,6 +129,12 @@ class KVSpecConfig(SpeculativeConfig):
                 f"Use a tree of depth {head.draft_block_size} or less, or a head with a larger draft_block_size."
             )
         available = num_candidates(head.draft_block_size, TREE_BEAM, self.tree_width)
+        width = max(Counter(parents).values()) if parents else 1 if self.tree == "chain" else self.tree_width
+        if width > head.draft_vocab_size:
+            raise ValueError(
+                f"kvspec's tree gives a node {width} children, but the head {self.model} scores "
+                f"{head.draft_vocab_size} tokens. Use a narrower tree."
+            )
         if self.tree == "auto" and nodes > available:
             raise ValueError(
                 f"kvspec's num_speculative_tokens {nodes} is more than the {available} candidates of a head of block "
@@ -214,6 +222,22 @@ def check_safetensors(path: Path) -> None:
         raise ValueError(
             f"The draft head's weights {path} are damaged or cut short ({error}). Copy the file again."
         ) from error
+
+
+def check_servable(head: KVSpecDraftConfig) -> None:
+    """Raise ValueError for heads that need more context than the target's KV cache as it lies there."""
+    if head.has_own_context:
+        raise ValueError(
+            f"kvspec serves heads that read only the target's KV cache; {head.name_or_path} (context {head.context!r}, "
+            f"fusion {head.fusion!r}) needs a context cache of its own. It can be evaluated, not served: train a head "
+            'with context "kv" or "hybrid" and fusion "direct".'
+        )
+    if head.fusion != "direct":
+        raise ValueError(
+            f"kvspec serves heads whose layers each read one target layer as it lies in the cache; "
+            f"{head.name_or_path} (fusion {head.fusion!r}) reads a mix of layers {head.target_kv_layer_ids}. It can be "
+            'evaluated, not served: train a head with fusion "direct".'
+        )
 
 
 def check_head_fits(head: KVSpecDraftConfig, target: ModelConfig) -> None:

@@ -98,13 +98,9 @@ class KVSpecSpeculator(DraftModelSpeculator):
             return self._propose_test_trees(idx_mapping)
         base = self.req_states.num_computed_tokens.gpu[idx_mapping]
         anchor = last_sampled[idx_mapping, 0]
-        hidden = self.model(
-            self.target_model.embed_input_ids(anchor),
-            last_hidden_states[self._last_accepted_rows(input_batch, num_sampled)],
-            base,
-            self.target_layers,
-            self.block_tables.input_block_tables,
-        )
+        state = last_hidden_states[self._last_accepted_rows(input_batch, num_sampled)]
+        rows = self.model.block_rows(self.target_model.embed_input_ids(anchor), state)
+        hidden = self.model(rows, base, self.target_layers, self.block_tables.input_block_tables)
         logits = self.target_model.compute_logits(hidden.flatten(0, 1)).view(num_reqs, hidden.shape[1], -1)
         logits = logits[..., : self.vocab_size]
         noise, scale = self._noise(base, idx_mapping, temperature, seeds, logits.shape[1])
