@@ -38,7 +38,7 @@ def _finish(h):
 
 
 @triton.jit
-def _gumbel(bits):
+def _gumbel_of_bits(bits):
     """-log(-log(1 - u)) in fp32, u = (bits + 0.5) / 2**32."""
     high = (bits >> 16).to(tl.int32).to(tl.float32)
     low = (bits & 0xFFFF).to(tl.int32).to(tl.float32)
@@ -49,6 +49,21 @@ def _gumbel(bits):
     # 2**-24 keeps the logarithm finite where 1 - u rounds to 0.
     direct = tl.log(tl.maximum(1.0 - u, 5.960464477539063e-08))
     return -tl.log(-tl.where(u < 0.25, -u * series, direct))
+
+
+@triton.jit
+def noise_key(seed, position):
+    """Hash of a 64-bit seed and a position, to be finished per token by `gumbel`."""
+    seed = seed.to(tl.int64)
+    h = _mix((seed ^ seed).to(tl.uint32), (seed & 0xFFFFFFFF).to(tl.uint32))
+    h = _mix(h, ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32))
+    return _mix(h, (position.to(tl.int64) & 0xFFFFFFFF).to(tl.uint32))
+
+
+@triton.jit
+def gumbel(key, token):
+    """The Gumbel noise, fp32, of tokens of the vocabulary under a `noise_key`; the two broadcast."""
+    return _gumbel_of_bits(_finish(_mix(key, token.to(tl.uint32))))
 
 
 @triton.jit
@@ -74,13 +89,8 @@ def _gumbel_noise_kernel(
     if temperature == 0.0:
         tl.store(out, tl.zeros([BLOCK], tl.float32), mask=inside)
         return
-    seed = tl.load(seeds_ptr + r).to(tl.int64)
-    position = tl.load(positions_ptr + b * stride_positions_b + g).to(tl.int64)
-    h = _mix((seed ^ seed).to(tl.uint32), (seed & 0xFFFFFFFF).to(tl.uint32))
-    h = _mix(h, ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32))
-    h = _mix(h, (position & 0xFFFFFFFF).to(tl.uint32))
-    h = _mix(h, token.to(tl.uint32))
-    tl.store(out, temperature * _gumbel(_finish(h)), mask=inside)
+    key = noise_key(tl.load(seeds_ptr + r), tl.load(positions_ptr + b * stride_positions_b + g))
+    tl.store(out, temperature * gumbel(key, token), mask=inside)
 
 
 def gumbel_noise(

@@ -422,7 +422,19 @@ def gumbel_noise(
     Returns:
         fp32 ``[B, G, V]``; 0 where the temperature is 0.
     """
-    noise = torch.zeros((*positions.shape, vocab_size), dtype=torch.float32, device=positions.device)
+    tokens = torch.arange(vocab_size, device=positions.device)
+    return gumbel_noise_at(seeds, temperature, positions, idx_mapping, tokens)
+
+
+def gumbel_noise_at(
+    seeds: torch.Tensor,
+    temperature: torch.Tensor,
+    positions: torch.Tensor,
+    idx_mapping: torch.Tensor,
+    tokens: torch.Tensor,
+) -> torch.Tensor:
+    """``gumbel_noise`` of the listed ``tokens`` int ``[n]`` only: fp32 ``[B, G, n]``."""
+    noise = torch.zeros((*positions.shape, len(tokens)), dtype=torch.float32, device=positions.device)
     temp = temperature[idx_mapping.long()]
     sampling = temp.nonzero()[:, 0]
     if sampling.numel() == 0:
@@ -432,8 +444,7 @@ def gumbel_noise(
     h = _murmur_mix(torch.zeros_like(seed, dtype=torch.int32), seed.int())
     h = _murmur_mix(h, (seed >> 32).int())
     h = _murmur_mix(h, positions[sampling].int())
-    token = torch.arange(vocab_size, dtype=torch.int32, device=positions.device)
-    h = _murmur_mix(h[:, :, None], token)
+    h = _murmur_mix(h[:, :, None], tokens.int())
     noise[sampling] = _gumbel(_murmur_finish(h ^ 16)) * temp[sampling, None, None]
     return noise
 

@@ -1,14 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Token trees: fixed shapes written as parents, and the expansion of a head's scores into candidates.
+"""Shapes of token trees, written as the parents of nodes 1..N in order, each before its child. Node 0 is the anchor.
 
-Node 0 is the anchor. A shape is the list of the parents of nodes 1..N in order, each before its child. The expansion
-has fixed shapes and never waits for the device, so it can sit in a CUDA graph; the tree itself is then cut from the
-candidates by ``kernels.tree_build``.
+A tree comes from ``kernels.tree_candidates``, which expands a head's scores level by level, and, unless its shape is
+fixed, ``kernels.tree_build``, which keeps the best candidates. ``expand_tree`` is that expansion for offline use.
 """
 
 from collections.abc import Sequence
 
 import torch
+
+from vllm_kvspec.kernels.reference_candidates import (
+    Candidates,
+    Level,
+    expand,
+    expand_level,
+    plan_levels,
+    ranking_scale,
+)
+
+__all__ = [
+    "MAX_NODES",
+    "ancestor_masks",
+    "chain_parents",
+    "check_parents",
+    "depths",
+    "expand_tree",
+    "fixed_levels",
+    "num_candidates",
+    "parents_from_widths",
+    "plan_levels",
+    "ranking_scale",
+]
 
 # One int64 holds a node's ancestors, one bit per node, the root included.
 MAX_NODES = 63
@@ -65,64 +87,56 @@ def ancestor_masks(parents: Sequence[int]) -> list[int]:
     return [mask - 2**64 if mask >= 2**63 else mask for mask in masks]
 
 
-def _child_scores(
-    logits: torch.Tensor,
-    parent_tokens: torch.Tensor,
-    transition_in: torch.Tensor,
-    transition_out: torch.Tensor,
-    noise: torch.Tensor | None,
-    scale: torch.Tensor | None,
-) -> torch.Tensor:
-    """Log-probabilities [B, P, V] of the children of ``parent_tokens`` [B, P] at a depth with ``logits`` [B, V].
-
-    softmax((l + noise) / scale). With noise [B, V] (temperature times the Gumbel noise the target will add) this is the
-    head's belief about which token the target's sampler will pick.
-    """
-    bias = transition_in[parent_tokens] @ transition_out.T
-    scores = logits.float().unsqueeze(1) + bias.float()
-    if noise is not None:
-        scores = scores + noise.unsqueeze(1)
-    if scale is not None:
-        scores = scores / scale.view(-1, 1, 1)
-    return scores.log_softmax(dim=-1)
-
-
 def num_candidates(block_size: int, beam: int, width: int) -> int:
-    """Candidates M that ``expand_tree`` returns per request."""
-    total = size = width
-    for _ in range(block_size - 1):
-        size = min(beam, size) * width
-        total += size
-    return total
+    """Candidates M per request of an expansion with ``plan_levels(block_size, beam, width)``."""
+    return sum(level.num_parents * level.width for level in plan_levels(block_size, beam, width))
 
 
-def ranking_scale(temperature: torch.Tensor, coupled: bool, greedy_scale: float) -> torch.Tensor:
-    """Divisor [B] fp32 of the scores of requests with ``temperature`` [B].
+def fixed_levels(parents: Sequence[int], device: torch.device | None = None) -> tuple[list[Level], torch.Tensor]:
+    """Levels of a tree of fixed shape ``parents``, in which the i-th child of a node is its i-th best token.
 
-    Scores must be beliefs about the token that the target will pick, or the tree spends its nodes badly. Sampling picks
-    from softmax(l / T), and with the noise known from softmax(l + noise). Greedy decoding picks the best token, which
-    is surer than softmax(l) says: ``greedy_scale`` below 1, a constant of the head.
+    Also returns int64 [N], the candidate index of nodes 1..N. Both are made once, on ``device``.
     """
-    return torch.where(temperature > 0, torch.ones_like(temperature) if coupled else temperature, greedy_scale)
+    depth = depths(parents)
+    children: list[list[int]] = [[] for _ in depth]
+    for node, parent in enumerate(parents, start=1):
+        children[parent].append(node)
+    levels, candidate_of, offset = [], {}, 0
+    inner = [0]
+    for level in range(max(depth)):
+        width = max(len(children[node]) for node in inner)
+        next_inner = [node for node in range(len(depth)) if depth[node] == level + 1 and children[node]]
+        slots = [-1] * (len(inner) * width)
+        for i, node in enumerate(inner):
+            for rank, child in enumerate(children[node]):
+                candidate_of[child] = offset + i * width + rank
+                slots[i * width + rank] = next_inner.index(child) if child in next_inner else -1
+        places = torch.tensor(slots, dtype=torch.int32, device=device)
+        levels.append(Level(len(inner), width, len(next_inner), places))
+        offset += len(slots)
+        inner = next_inner
+    return levels, torch.tensor([candidate_of[node] for node in range(1, len(depth))], device=device)
 
 
 def expand_tree(
     depth_logits: torch.Tensor,
     anchor: torch.Tensor,
-    transition_in: torch.Tensor,
-    transition_out: torch.Tensor,
+    transition_in: torch.Tensor | None,
+    transition_out: torch.Tensor | None,
     noise: torch.Tensor | None = None,
     scale: torch.Tensor | None = None,
     *,
     beam: int,
     width: int,
     chain: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Candidates of a tree, level by level: the best ``width`` children of the best ``beam`` nodes of each level.
+) -> Candidates:
+    """Candidates of a tree in torch: the best ``width`` children of the best ``beam`` nodes of each level.
+
+    ``kernels.tree_candidates`` with the noise and scale given instead of computed.
 
     depth_logits: [B, G, V], the LM head's output per depth, without bias.
     anchor: [B] int64, the root's token.
-    transition_in, transition_out: [V, r] each, the factors of the transition bias.
+    transition_in, transition_out: [V, r] each, the factors of the transition bias, or None.
     noise: [B, G, V] fp32, temperature times the noise with which the target samples the rows at base + d, or None.
     scale: [B] fp32, see ``ranking_scale``, or None for 1.
     chain: [B] bool, rows that want a chain: all but the greedy path gets score -inf. None for no such row.
@@ -130,63 +144,10 @@ def expand_tree(
     Returns score [B, M] fp32 (cumulative log-probability), token [B, M] int64 and parent [B, M] int32 (index of the
     parent among the M candidates, -1 for the root), in level order.
     """
-    batch, device = anchor.shape[0], anchor.device
-    parent_score = torch.zeros(batch, 1, device=device)
-    parent_token, parent_index = anchor.unsqueeze(1), torch.full((batch, 1), -1, dtype=torch.int64, device=device)
-    scores, tokens, parents = [], [], []
-    offset = 0
-    for level in range(depth_logits.shape[1]):
-        level_noise = None if noise is None else noise[:, level]
-        log_probs = _child_scores(
-            depth_logits[:, level], parent_token, transition_in, transition_out, level_noise, scale
-        )
-        child_score, child_token = log_probs.topk(width, dim=-1)
-        score = (parent_score.unsqueeze(-1) + child_score).flatten(1)
-        if chain is not None:
-            off_chain = chain.unsqueeze(1) & (torch.arange(score.shape[1], device=device) > 0)
-            score = score.masked_fill(off_chain, float("-inf"))
-        scores.append(score)
-        tokens.append(child_token.flatten(1))
-        parents.append(parent_index.repeat_interleave(width, dim=1))
-        parent_score, best = score.topk(min(beam, score.shape[1]), dim=-1)
-        parent_token, parent_index = tokens[-1].gather(1, best), best + offset
-        offset += score.shape[1]
-    return torch.cat(scores, 1), torch.cat(tokens, 1), torch.cat(parents, 1).int()
 
+    def tree_level(logits, parents, *transition, depth, **options):
+        level_noise = None if noise is None else noise[:, depth]
+        return expand_level(logits, parents, *transition, level_noise, scale, **options)
 
-def expand_fixed(
-    depth_logits: torch.Tensor,
-    anchor: torch.Tensor,
-    transition_in: torch.Tensor,
-    transition_out: torch.Tensor,
-    noise: torch.Tensor | None = None,
-    scale: torch.Tensor | None = None,
-    *,
-    parents: Sequence[int],
-) -> torch.Tensor:
-    """Tokens [B, N] int64 of a tree of fixed shape ``parents``: the i-th child of a node is its i-th best token.
-
-    The other arguments are those of ``expand_tree``. Raises ValueError when the tree is deeper than the block.
-    """
-    depth = depths(parents)
-    if max(depth) > depth_logits.shape[1]:
-        raise ValueError(
-            f"A fixed tree must not be deeper than the head's block ({depth_logits.shape[1]}), got depth {max(depth)}; "
-            "use a shallower tree."
-        )
-    children: dict[int, list[int]] = {}
-    for node, parent in enumerate(parents, start=1):
-        children.setdefault(parent, []).append(node)
-    tokens: list[torch.Tensor] = [anchor] + [anchor] * len(parents)
-    for level in range(max(depth)):
-        inner = [node for node in children if depth[node] == level]
-        parent_tokens = torch.stack([tokens[node] for node in inner], dim=1)
-        level_noise = None if noise is None else noise[:, level]
-        log_probs = _child_scores(
-            depth_logits[:, level], parent_tokens, transition_in, transition_out, level_noise, scale
-        )
-        best = log_probs.topk(max(len(children[node]) for node in inner), dim=-1).indices
-        for i, node in enumerate(inner):
-            for rank, child in enumerate(children[node]):
-                tokens[child] = best[:, i, rank]
-    return torch.stack(tokens[1:], dim=1)
+    levels = plan_levels(depth_logits.shape[1], beam, width)
+    return expand(tree_level, depth_logits, anchor, transition_in, transition_out, levels=levels, chain=chain)

@@ -8,14 +8,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_kvspec.kernels.reference import tree_build
+from vllm_kvspec.kernels.reference import gumbel_noise, tree_build
+from vllm_kvspec.kernels.reference_candidates import tree_candidates
 from vllm_kvspec.tree import (
     ancestor_masks,
     chain_parents,
     check_parents,
     depths,
-    expand_fixed,
     expand_tree,
+    fixed_levels,
     num_candidates,
     parents_from_widths,
     ranking_scale,
@@ -132,10 +133,25 @@ def test_chain_rows_hold_the_greedy_chain_only():
     assert tree_parent[0].tolist() == [0, 0, 1, 2, 3, 4]
 
 
-def test_fixed_tree_ranks_siblings():
-    logits, anchor, factors, noise = head_scores(block=3)
-    parents = parents_from_widths([3, 2, 1])
-    tokens = expand_fixed(logits, anchor, *factors, noise, parents=parents)
+def fixed_candidates(logits, anchor, factors, parents, coupled):
+    """Tokens [B, N] of a fixed shape at temperature 1 with seed 7, and the noise [B, G, V] they were ranked under."""
+    batch, block = logits.shape[:2]
+    rows, ones, base = torch.zeros(batch, dtype=torch.int64), torch.ones(1), torch.arange(batch) + 5
+    seeds = torch.tensor([7])
+    levels, nodes = fixed_levels(parents)
+    candidates = tree_candidates(
+        logits, anchor, *factors, levels=levels, base=base, idx_mapping=rows, temperature=ones, seeds=seeds,
+        coupled=coupled, greedy_scale=0.5,
+    )  # fmt: skip
+    noise = gumbel_noise(seeds, ones, base[:, None] + torch.arange(block), rows, VOCAB)
+    return candidates.token[:, nodes], noise if coupled else torch.zeros_like(noise)
+
+
+@pytest.mark.parametrize("coupled", [True, False])
+@pytest.mark.parametrize("parents", [parents_from_widths([3, 2, 1]), [0, 0, 2, 2, 2, 0, 4], [0], chain_parents(3)])
+def test_fixed_tree_ranks_siblings(parents, coupled):
+    logits, anchor, factors, _ = head_scores(block=3)
+    tokens, noise = fixed_candidates(logits, anchor, factors, parents, coupled)
     assert tokens.shape == (2, len(parents))
     for b in range(2):
         all_tokens = [anchor[b].item(), *tokens[b].tolist()]
@@ -149,7 +165,7 @@ def test_fixed_tree_ranks_siblings():
 def test_fixed_tree_deeper_than_the_block_is_refused():
     logits, anchor, factors, _ = head_scores(block=2)
     with pytest.raises(ValueError, match="deeper than the head's block"):
-        expand_fixed(logits, anchor, *factors, parents=chain_parents(3))
+        fixed_candidates(logits, anchor, factors, chain_parents(3), False)
 
 
 def test_ranking_scale():

@@ -22,6 +22,7 @@ if USE_TRITON:
     from vllm_kvspec.kernels.paged_draft_attention import paged_draft_attention
     from vllm_kvspec.kernels.tree_attention import tree_attention
     from vllm_kvspec.kernels.tree_build import tree_build
+    from vllm_kvspec.kernels.tree_candidates import tree_candidates, tree_level
     from vllm_kvspec.kernels.tree_inputs import tree_inputs
     from vllm_kvspec.kernels.tree_walk import tree_walk
 else:
@@ -34,6 +35,7 @@ else:
         tree_inputs,
         tree_walk,
     )
+    from vllm_kvspec.kernels.reference_candidates import tree_candidates, tree_level
 
 __all__ = [
     "USE_TRITON",
@@ -42,6 +44,8 @@ __all__ = [
     "paged_draft_attention",
     "tree_attention",
     "tree_build",
+    "tree_candidates",
     "tree_inputs",
+    "tree_level",
     "tree_walk",
 ]

@@ -15,15 +15,19 @@ from vllm.platforms import current_platform
 from vllm_kvspec import __version__
 from vllm_kvspec.config import KVSpecDraftConfig, check_fingerprint, target_fingerprint
 from vllm_kvspec.engine.backend_registry import register_cuda_backend
+from vllm_kvspec.engine.budget import Acceptance, budget_sizes, graph_schedule, read_costs
 from vllm_kvspec.tree import MAX_NODES, check_parents, depths, num_candidates, parents_from_widths
 
 logger = init_logger("vllm.kvspec.config")
 
-# Best prefixes of a level that are expanded into children (see tree.expand_tree).
+# Best prefixes of a level that are expanded into children (see tree.plan_levels).
 TREE_BEAM = 8
 # Default of num_speculative_tokens, as the head's speculators keys say it.
 DEFAULT_NODES_PER_POSITION = 2
 CUDA_WORKER = "vllm_kvspec.engine.worker.KVSpecWorker"
+SCHEDULER = "vllm_kvspec.engine.scheduler.create_scheduler"
+# Where the user gives no --max-num-seqs, vLLM chooses it later; this only sizes the list of CUDA graphs.
+DEFAULT_MAX_NUM_SEQS = 256
 CPU_WORKER = "vllm_kvspec.engine.worker_cpu.KVSpecCPUWorker"
 
 
@@ -41,6 +45,11 @@ class KVSpecConfig(SpeculativeConfig):
     """At temperature > 0, rank candidates under the very Gumbel noise the target will sample with, or without it."""
     drafter: Literal["head", "oracle", "random"] = "head"
     """``"oracle"`` and ``"random"`` are for tests: they place known or random tokens on random trees."""
+    budget: Literal["auto", "fixed"] = "auto"
+    """``"auto"``: at most ``num_speculative_tokens`` nodes, fewer or none when the load makes that faster. ``"fixed"``:
+    always that many. ``num_speculative_tokens_per_batch_size``, when given, wins over both."""
+    budget_costs: str | None = None
+    """For ``budget: "auto"``: a JSON table of step costs (``budget.MeasuredCosts``), used instead of timed steps."""
     oracle_file: str | None = None
     """For ``drafter: "oracle"``: a JSON list of token id lists, each a prompt with its continuation."""
 
@@ -160,6 +169,11 @@ class KVSpecConfig(SpeculativeConfig):
             "kvspec forces acceptance (rejection_sample_method synthetic): for benchmarks only, the text is NOT the "
             "target's."
         )
+
+    @property
+    def budget_sizes(self) -> list[int]:
+        """Numbers of nodes, ascending from 0, that the budget may choose."""
+        return sorted({0, *(nodes for _, _, nodes in self.num_speculative_tokens_per_batch_size or [])})
 
     @property
     def parents(self) -> list[int] | None:
@@ -318,6 +332,41 @@ def select_attention_backend(engine_args: Any) -> None:
         engine_args.attention_backend = "CUSTOM"
 
 
+def select_budget(engine_args: Any, config: KVSpecConfig, parallel: ParallelConfig) -> None:
+    """Settle ``budget``: for "auto", select our scheduler and the sizes it chooses from. Raises ValueError."""
+    if config.num_speculative_tokens_per_batch_size is not None:
+        config.budget = "fixed"
+    if config.budget == "fixed":
+        if config.budget_costs:
+            raise ValueError(
+                f'kvspec\'s budget_costs {config.budget_costs!r} needs budget "auto" and no '
+                "num_speculative_tokens_per_batch_size. Leave one of them out."
+            )
+        return
+    if parallel.data_parallel_size > 1:
+        logger.info("kvspec: budget is fixed, because data-parallel ranks must verify equally many nodes")
+        config.budget = "fixed"
+        return
+    if current_platform.is_cpu() and not config.budget_costs:
+        logger.info("kvspec: budget is fixed, because nothing is known about this CPU's step costs")
+        config.budget = "fixed"
+        return
+    if engine_args.scheduler_cls not in (None, SCHEDULER):
+        raise ValueError(
+            f'kvspec\'s budget "auto" needs its own scheduler; found --scheduler-cls {engine_args.scheduler_cls}. '
+            'Leave the flag out, or set "budget" to "fixed" in the speculative config.'
+        )
+    # Refuses a malformed profile now, not in the scheduler.
+    Acceptance(getattr(config.draft_model_config.hf_config, "acceptance_profile", None))
+    ceiling = config.num_speculative_tokens
+    sizes = budget_sizes(ceiling)
+    if config.budget_costs:
+        sizes = [nodes for nodes in reversed(read_costs(config.budget_costs).nodes) if nodes <= ceiling]
+    max_batch = engine_args.max_num_seqs or DEFAULT_MAX_NUM_SEQS
+    config.num_speculative_tokens_per_batch_size = graph_schedule(sizes, max_batch)
+    engine_args.scheduler_cls = SCHEDULER
+
+
 def create_kvspec_config(
     engine_args: Any, target_model_config: ModelConfig, target_parallel_config: ParallelConfig
 ) -> KVSpecConfig:
@@ -344,11 +393,12 @@ def create_kvspec_config(
         **settings, target_model_config=target_model_config, target_parallel_config=target_parallel_config
     )
     select_attention_backend(engine_args)
+    select_budget(engine_args, kvspec, target_parallel_config)
     target_parallel_config.worker_cls = CPU_WORKER if current_platform.is_cpu() else CUDA_WORKER
     head = kvspec.draft_model_config.hf_config
     logger.info(
         "kvspec %s: target=%s head=%s context=%s target_kv_layers=%s block=%d tree=%s nodes=%d draft_noise=%s "
-        "drafter=%s",
+        "drafter=%s budget=%s",
         __version__,
         target_model_config.model,
         kvspec.model,
@@ -359,5 +409,6 @@ def create_kvspec_config(
         kvspec.num_speculative_tokens,
         kvspec.draft_noise,
         kvspec.drafter,
+        kvspec.budget,
     )
     return kvspec

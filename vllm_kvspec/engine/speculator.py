@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Proposes a tree per request from the target's own KV cache. Called by vLLM after each verification step."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +17,8 @@ from vllm_kvspec.engine import ops
 from vllm_kvspec.engine.speculative_config import TREE_BEAM
 from vllm_kvspec.engine.target_kv import PagedLayer, layers_by_index, paged_layer
 from vllm_kvspec.engine.tree_state import TreeState
-from vllm_kvspec.tree import ancestor_masks, depths, expand_fixed, expand_tree, ranking_scale
+from vllm_kvspec.kernels.reference_candidates import Candidates
+from vllm_kvspec.tree import ancestor_masks, depths, fixed_levels, plan_levels
 
 
 class KVSpecSpeculator(DraftModelSpeculator):
@@ -28,10 +31,13 @@ class KVSpecSpeculator(DraftModelSpeculator):
         self.state = TreeState(self.max_num_reqs, self.num_speculative_steps, device)
         self.coupled = config.draft_noise == "coupled"
         # A chain is the tree of one child per node.
-        self.beam, self.tree_width = (1, 1) if config.tree == "chain" else (TREE_BEAM, config.tree_width)
+        beam, width = (1, 1) if config.tree == "chain" else (TREE_BEAM, config.tree_width)
+        block_size = self.draft_model_config.hf_config.draft_block_size
+        self.levels, self.chain_levels = plan_levels(block_size, beam, width), plan_levels(block_size, 1, 1)
         self.target_layers: list[PagedLayer] = []
         self.parents = config.parents
         if self.parents:
+            self.levels, self.fixed_nodes = fixed_levels(self.parents, device)
             shape = ([0, *self.parents], depths(self.parents))
             self.fixed_parent, self.fixed_depth = (torch.tensor(x, dtype=torch.int32, device=device) for x in shape)
             self.fixed_mask = torch.tensor(ancestor_masks(self.parents), dtype=torch.int64, device=device)
@@ -92,7 +98,8 @@ class KVSpecSpeculator(DraftModelSpeculator):
         positions [0, base) and the anchor, at position ``base``, has none yet.
         """
         num_reqs, idx_mapping = input_batch.num_reqs, input_batch.idx_mapping
-        if dummy_run or not self.target_layers:
+        # The load allows no nodes: no pass of the head either. It has no state that could fall behind.
+        if dummy_run or not self.target_layers or num_speculative_tokens == 0:
             return self.draft_tokens[:num_reqs].zero_()
         if self.test_drafter is not None:
             return self._propose_test_trees(idx_mapping)
@@ -103,8 +110,12 @@ class KVSpecSpeculator(DraftModelSpeculator):
         hidden = self.model(rows, base, self.target_layers, self.block_tables.input_block_tables)
         logits = self.target_model.compute_logits(hidden.flatten(0, 1)).view(num_reqs, hidden.shape[1], -1)
         logits = logits[..., : self.vocab_size]
-        noise, scale = self._noise(base, idx_mapping, temperature, seeds, logits.shape[1])
-        return self._build_trees(logits, anchor, noise, scale, input_batch)
+        expand = partial(
+            ops.tree_candidates, logits, anchor, self.model.transition_in.weight, self.model.transition_out.weight,
+            base=base, idx_mapping=idx_mapping, temperature=temperature, seeds=seeds, coupled=self.coupled,
+            greedy_scale=self.model.config.greedy_scale,
+        )  # fmt: skip
+        return self._build_trees(expand, input_batch)
 
     def _last_accepted_rows(self, input_batch: InputBatch, num_sampled: torch.Tensor) -> torch.Tensor:
         """Row of the hidden states at position base - 1: the node whose sample became the anchor. int64 [B]."""
@@ -115,51 +126,24 @@ class KVSpecSpeculator(DraftModelSpeculator):
             first = first + path.gather(1, last[:, None])[:, 0]
         return input_batch.logits_indices[first]
 
-    def _noise(
-        self,
-        base: torch.Tensor,
-        idx_mapping: torch.Tensor,
-        temperature: torch.Tensor,
-        seeds: torch.Tensor,
-        block_size: int,
-    ) -> tuple[torch.Tensor | None, torch.Tensor]:
-        """(noise [B, G, V] or None, scale [B]): see ``tree.expand_tree`` and ``tree.ranking_scale``."""
-        scale = ranking_scale(temperature[idx_mapping], self.coupled, self.model.config.greedy_scale)
-        if not self.coupled:
-            return None, scale
-        # The row at position base + d is sampled with the noise of that position; its samples are the block's row d.
-        positions = base.long()[:, None] + torch.arange(block_size, device=base.device)
-        return ops.gumbel_noise(seeds, temperature, positions, idx_mapping, self.vocab_size), scale
-
-    def _build_trees(
-        self,
-        logits: torch.Tensor,
-        anchor: torch.Tensor,
-        noise: torch.Tensor | None,
-        scale: torch.Tensor,
-        input_batch: InputBatch,
-    ) -> torch.Tensor:
-        """Logits [B, G, V] -> draft tokens [B, N]; stores the shapes."""
-        idx_mapping = input_batch.idx_mapping
-        transition = (self.model.transition_in.weight, self.model.transition_out.weight)
-        inputs = (logits, anchor, *transition, noise, scale)
+    def _build_trees(self, expand: Callable[..., Candidates], input_batch: InputBatch) -> torch.Tensor:
+        """Draft tokens [B, N]; stores the shapes. ``expand`` lacks only the levels and chains."""
         if self.parents is None:
-            chain = self.state.chain.gpu[idx_mapping] != 0
-            candidates = expand_tree(*inputs, beam=self.beam, width=self.tree_width, chain=chain)
+            candidates = expand(levels=self.levels, chain=self.state.chain.gpu)
             tokens, *shape = ops.tree_build(*candidates, self.num_speculative_steps)
         else:
-            tokens, *shape = self._fixed_trees(inputs, input_batch)
-        self.state.store(idx_mapping, *shape)
+            tokens, *shape = self._fixed_trees(expand, input_batch)
+        self.state.store(input_batch.idx_mapping, *shape)
         return tokens
 
-    def _fixed_trees(self, inputs: tuple, input_batch: InputBatch) -> tuple[torch.Tensor, ...]:
+    def _fixed_trees(self, expand: Callable[..., Candidates], input_batch: InputBatch) -> tuple[torch.Tensor, ...]:
         """Tokens, parent, depth, mask: the user's fixed shape, and chains for the requests that need one."""
         batch = input_batch.num_reqs
-        tokens = expand_fixed(*inputs, parents=self.parents)
+        tokens = expand(levels=self.levels).token[:, self.fixed_nodes]
         fixed = (tokens, *(t.expand(batch, -1) for t in (self.fixed_parent, self.fixed_depth, self.fixed_mask)))
         if not self.state.any_chain(input_batch.idx_mapping_np):
             return fixed
-        score, token, parent = expand_tree(*inputs, beam=1, width=1)
+        score, token, parent = expand(levels=self.chain_levels)
         # Positions beyond the block carry no scores: -inf candidates continue the chain.
         missing = max(0, self.num_speculative_steps - score.shape[1])
         padded = (pad(score, (0, missing), value=float("-inf")), pad(token, (0, missing)), pad(parent, (0, missing)))

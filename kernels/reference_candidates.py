@@ -1,0 +1,244 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Torch twin of ``tree_candidates``: a head's logits to the candidates of a tree, level by level.
+
+Every level has a fixed number of parents and of children per parent, so an expansion never waits for the device and
+fits in a CUDA graph. Words beside those of ``reference``: Vd = entries of the head's vocabulary, P = parents of a
+level, K = parents of the next one, M = candidates of all levels.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+
+from vllm_kvspec.kernels.reference import gumbel_noise_at
+
+
+class Level(NamedTuple):
+    """Shape of one level of the expansion.
+
+    ``slots`` says which candidates are the next level's parents: None for the ``num_next`` best by score (equal scores
+    by index), or int32 [num_parents * width] on the device with each candidate's place among them, -1 for none.
+    """
+
+    num_parents: int
+    width: int
+    num_next: int
+    slots: torch.Tensor | None = None
+
+
+class Parents(NamedTuple):
+    """The nodes that a level expands: token int64, cumulative score fp32, candidate index int32 (-1: root); [B, P]."""
+
+    token: torch.Tensor
+    score: torch.Tensor
+    index: torch.Tensor
+
+
+class Candidates(NamedTuple):
+    """score fp32 (cumulative log-probability), token int64, parent int32 (candidate index, -1: root); [B, M] each."""
+
+    score: torch.Tensor
+    token: torch.Tensor
+    parent: torch.Tensor
+
+
+def plan_levels(block_size: int, beam: int, width: int) -> list[Level]:
+    """Levels in which the best ``beam`` nodes of a level get ``width`` children each."""
+    levels, size = [], 1
+    for left in range(block_size - 1, -1, -1):
+        num_next = min(beam, size * width) if left else 0
+        levels.append(Level(size, width, num_next))
+        size = num_next
+    return levels
+
+
+def ranking_scale(temperature: torch.Tensor, coupled: bool, greedy_scale: float) -> torch.Tensor:
+    """Divisor [B] fp32 of the scores of requests with ``temperature`` [B].
+
+    Scores must be beliefs about the token that the target will pick, or the tree spends its nodes badly. Sampling picks
+    from softmax(l / T), and with the noise known from softmax(l + noise). Greedy decoding picks the best token, which
+    is surer than softmax(l) says: ``greedy_scale`` below 1, a constant of the head.
+    """
+    return torch.where(temperature > 0, torch.ones_like(temperature) if coupled else temperature, greedy_scale)
+
+
+def root_parents(anchor: torch.Tensor) -> Parents:
+    """The root alone, of ``anchor`` int64 [B]."""
+    token = anchor.contiguous().unsqueeze(1)
+    return Parents(token, torch.zeros_like(token, dtype=torch.float32), torch.full_like(token, -1, dtype=torch.int32))
+
+
+def empty_candidates(batch: int, levels: Sequence[Level], device: torch.device) -> Candidates:
+    """Room for the candidates of all ``levels``, to be written by ``tree_level``."""
+    shape = (batch, sum(level.num_parents * level.width for level in levels))
+    dtypes = (torch.float32, torch.int64, torch.int32)
+    return Candidates(*(torch.empty(shape, dtype=dtype, device=device) for dtype in dtypes))
+
+
+def expand(
+    tree_level: Callable[..., Parents | None],
+    depth_logits: torch.Tensor,
+    anchor: torch.Tensor,
+    transition_in: torch.Tensor | None,
+    transition_out: torch.Tensor | None,
+    *,
+    levels: Sequence[Level],
+    **options,
+) -> Candidates:
+    """Expand logits [B, G, Vd] that all nodes of a depth share, one ``tree_level`` call per level."""
+    if len(levels) > depth_logits.shape[1]:
+        raise ValueError(
+            f"A tree must not be deeper than the head's block ({depth_logits.shape[1]}), got {len(levels)} levels; use "
+            "a shallower tree."
+        )
+    candidates = empty_candidates(anchor.shape[0], levels, anchor.device)
+    parents, offset = root_parents(anchor), 0
+    for depth, level in enumerate(levels):
+        logits = depth_logits[:, depth, None].expand(-1, level.num_parents, -1)
+        parents = tree_level(
+            logits, parents, transition_in, transition_out,
+            level=level, depth=depth, candidates=candidates, offset=offset, **options,
+        )  # fmt: skip
+        offset += level.num_parents * level.width
+    return candidates
+
+
+def tree_candidates(
+    depth_logits: torch.Tensor,
+    anchor: torch.Tensor,
+    transition_in: torch.Tensor | None,
+    transition_out: torch.Tensor | None,
+    *,
+    levels: Sequence[Level],
+    base: torch.Tensor,
+    idx_mapping: torch.Tensor,
+    temperature: torch.Tensor,
+    seeds: torch.Tensor,
+    coupled: bool,
+    greedy_scale: float,
+    chain: torch.Tensor | None = None,
+    draft_ids: torch.Tensor | None = None,
+) -> Candidates:
+    """Candidates of a tree per request from one pass of a head: see ``tree_level`` for what happens at each depth.
+
+    Args:
+        depth_logits: ``[B, G, Vd]``, any float dtype; row d scores the token at position ``base + d + 1``.
+        anchor: int64 ``[B]``, the root's token.
+        transition_in: ``[V, r]``, or None for a head without transition bias.
+        transition_out: ``[Vd, r]``, or None.
+        levels: at most G of them, from ``plan_levels`` or a fixed shape.
+        base: int ``[B]``, the anchor's position.
+        idx_mapping: int ``[B]``.
+        temperature: fp32 ``[R]``.
+        seeds: int64 ``[R]``.
+        coupled: rank under the noise the target will sample with.
+        greedy_scale: see ``ranking_scale``.
+        chain: int or bool ``[R]``, nonzero for requests that want a chain: all but the first candidate of a level get
+            score -inf.
+        draft_ids: int64 ``[Vd]``, target token of each entry of the head's vocabulary; None when they are equal.
+
+    Returns:
+        Candidates in level order, within a level by parent, children of one parent by score.
+
+    Raises:
+        ValueError: more levels than rows.
+    """
+    return expand(
+        tree_level, depth_logits, anchor, transition_in, transition_out,
+        levels=levels, base=base, idx_mapping=idx_mapping, temperature=temperature, seeds=seeds, coupled=coupled,
+        greedy_scale=greedy_scale, chain=chain, draft_ids=draft_ids,
+    )  # fmt: skip
+
+
+def tree_level(
+    logits: torch.Tensor,
+    parents: Parents,
+    transition_in: torch.Tensor | None,
+    transition_out: torch.Tensor | None,
+    *,
+    level: Level,
+    depth: int,
+    base: torch.Tensor,
+    idx_mapping: torch.Tensor,
+    temperature: torch.Tensor,
+    seeds: torch.Tensor,
+    coupled: bool,
+    greedy_scale: float,
+    chain: torch.Tensor | None = None,
+    draft_ids: torch.Tensor | None = None,
+    candidates: Candidates,
+    offset: int,
+) -> Parents | None:
+    """Write the candidates of one level and return the next level's parents (None when ``level.num_next`` is 0).
+
+    A child v of a parent gets the parent's score plus the log-softmax over v of ``(logits[v] + transition_in[parent
+    token] . transition_out[v] + noise[v]) / scale``; each parent keeps its ``level.width`` best. With ``coupled`` and a
+    temperature above 0, noise is the temperature times the Gumbel noise that the target will draw at position
+    ``base + depth`` for the child's target token (see ``gumbel_noise``). For scale see ``ranking_scale``. Of children
+    with equal scores the one with the lowest entry comes first in the kernel; the twin leaves it to torch.
+
+    Args:
+        logits: ``[B, P, Vd]`` per parent; stride 0 over P when all parents of a request share them.
+        parents: P of them.
+        depth: of the parents, 0 for the root.
+        candidates: written at ``[:, offset : offset + P * width]``.
+        others: as in ``tree_candidates``.
+
+    Scores of entries with logit -inf are -inf, their tokens any valid ones. Logits must not be NaN or +inf.
+    """
+    scale = ranking_scale(temperature[idx_mapping], coupled, greedy_scale)
+    noise = None
+    if coupled:
+        tokens = torch.arange(logits.shape[-1], device=logits.device) if draft_ids is None else draft_ids
+        noise = gumbel_noise_at(seeds, temperature, (base.long() + depth)[:, None], idx_mapping, tokens)[:, 0]
+    return expand_level(
+        logits, parents, transition_in, transition_out, noise, scale,
+        level=level, chain=None if chain is None else chain[idx_mapping] != 0, draft_ids=draft_ids,
+        candidates=candidates, offset=offset,
+    )  # fmt: skip
+
+
+def expand_level(
+    logits: torch.Tensor,
+    parents: Parents,
+    transition_in: torch.Tensor | None,
+    transition_out: torch.Tensor | None,
+    noise: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    *,
+    level: Level,
+    chain: torch.Tensor | None = None,
+    draft_ids: torch.Tensor | None = None,
+    candidates: Candidates,
+    offset: int,
+) -> Parents | None:
+    """``tree_level`` with ``noise`` [B, Vd], ``scale`` [B] (None: none, 1) and ``chain`` bool [B] given."""
+    if transition_in is None:
+        scores = logits.float()
+    else:
+        scores = (transition_in[parents.token] @ transition_out.T).float() + logits
+    if noise is not None:
+        scores = scores + noise.unsqueeze(1)
+    if scale is not None:
+        scores = scores / scale.view(-1, 1, 1)
+    best, entry = scores.topk(level.width, dim=-1)
+    log_prob = best - scores.logsumexp(dim=-1, keepdim=True)
+    # Without any finite score the difference is NaN, which sorts first.
+    log_prob = log_prob.masked_fill(best == float("-inf"), float("-inf"))
+    score = (parents.score.unsqueeze(-1) + log_prob).flatten(1)
+    token = (entry if draft_ids is None else draft_ids[entry]).flatten(1)
+    if chain is not None:
+        off_chain = chain.unsqueeze(1) & (torch.arange(score.shape[1], device=score.device) > 0)
+        score = score.masked_fill(off_chain, float("-inf"))
+    here = slice(offset, offset + score.shape[1])
+    candidates.score[:, here], candidates.token[:, here] = score, token
+    candidates.parent[:, here] = parents.index.repeat_interleave(level.width, dim=1)
+    if level.num_next == 0:
+        return None
+    if level.slots is None:
+        chosen = score.topk(level.num_next, dim=-1).indices
+    else:
+        # Sorting the places puts -1 first and the next parents last, in order.
+        chosen = level.slots.argsort()[-level.num_next :].expand(score.shape[0], -1)
+    return Parents(token.gather(1, chosen), score.gather(1, chosen), (chosen + offset).int())
