@@ -1,23 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Command line: ``vllm-kvspec {init,generate,train,eval}``. Each command imports what it needs when it runs."""
+"""Command line: ``vllm-kvspec {init,prepare,train,eval,compare,doctor}``.
+
+Each command imports what it needs when it runs.
+"""
 
 import argparse
 import json
+import logging
+import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 INIT_EXAMPLE = "example: vllm-kvspec init --target_model Qwen/Qwen3-8B --output_dir head --num_layers 3"
-GENERATE_EXAMPLE = (
-    "example: vllm-kvspec generate --target_model TARGET --data_path texts.jsonl --output rows.jsonl "
-    "--num_prompts 4000 --temperatures 0 1"
+PREPARE_EXAMPLE = (
+    "example: vllm-kvspec prepare --target_model Qwen/Qwen3-8B --data_path chats.jsonl HuggingFaceH4/ultrachat_200k "
+    "--split train_sft --output rows.jsonl --num_prompts 50000; the same command goes on where it was interrupted"
 )
+DOCTOR_EXAMPLE = "example: vllm-kvspec doctor --target_model Qwen/Qwen3-8B --draft_model head"
 TRAIN_EXAMPLE = (
     "example: vllm-kvspec train --target_model TARGET --data_path rows.jsonl --output_dir head --num_layers 3 "
-    "--max_steps 2000 --per_device_train_batch_size 8 --learning_rate 2e-3 --lr_scheduler_type cosine"
+    "--max_steps 2000; or vllm-kvspec train recipe.yaml --max_steps 2000; several GPUs: torchrun --standalone "
+    "--nproc_per_node 8 -m vllm_kvspec.cli train ..."
 )
 EVAL_EXAMPLE = (
-    "example: vllm-kvspec eval --target_model TARGET --draft_model head --data_path held_out.jsonl --num_prompts 64"
+    "example: vllm-kvspec eval --target_model TARGET --draft_model head --data_path held_out.jsonl --num_prompts 64 "
+    "--output results/head.json --plot results/head"
 )
+COMPARE_EXAMPLE = "example: vllm-kvspec compare results/*.json --output results/heads.md --plot results"
 
 
 def _init(args: argparse.Namespace) -> None:
@@ -49,45 +59,52 @@ def _add_init(commands) -> None:
     parser.set_defaults(run=_init)
 
 
-def _generate(args: argparse.Namespace) -> None:
-    from vllm_kvspec.train.run import generate
+def _prepare(args: argparse.Namespace) -> None:
+    from vllm_kvspec.prepare import prepare
 
-    count = generate(
-        args.target_model,
-        args.data_path,
-        args.output,
-        num_prompts=args.num_prompts,
-        prompt_length=args.prompt_length,
-        max_new_tokens=args.max_new_tokens,
-        temperatures=args.temperatures,
-        batch_size=args.batch_size,
-        seed=args.seed,
-    )
-    print(f"Wrote {count} rows to {args.output}.")
+    options = {key: value for key, value in vars(args).items() if key not in ("run", "rest", "argv")}
+    try:
+        done = prepare(**options, command=shlex.join(["vllm-kvspec", *args.argv]))
+    except KeyboardInterrupt:
+        sys.exit(f"Interrupted; the same command goes on where {args.output} ends.")
+    print(f"{args.output}: {done.rows} rows, {done.tokens} tokens, {done.learned_tokens} of them to learn from.")
 
 
-def _add_prompt_arguments(parser: argparse.ArgumentParser, num_prompts: int, max_new_tokens: int) -> None:
+def _add_prepare(commands) -> None:
+    parser = commands.add_parser("prepare", help="let a target write the training rows", epilog=PREPARE_EXAMPLE)
     parser.add_argument("--target_model", required=True, help="target: directory or Hugging Face name")
-    parser.add_argument("--data_path", nargs="+", required=True, help='jsonl files with "text" or "messages"')
-    parser.add_argument("--num_prompts", type=int, default=num_prompts)
-    parser.add_argument("--prompt_length", type=int, default=64, help="tokens of a prompt")
-    parser.add_argument("--max_new_tokens", type=int, default=max_new_tokens)
-    parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 1.0])
-    parser.add_argument("--seed", type=int, default=0, help="chooses the prompts")
-
-
-def _add_generate(commands) -> None:
-    parser = commands.add_parser("generate", help="let a target continue prompts", epilog=GENERATE_EXAMPLE)
-    _add_prompt_arguments(parser, num_prompts=1000, max_new_tokens=192)
-    parser.add_argument("--output", type=Path, required=True, help="jsonl to write")
-    parser.add_argument("--batch_size", type=int, default=64)
-    parser.set_defaults(run=_generate)
+    parser.add_argument(
+        "--data_path",
+        nargs="+",
+        required=True,
+        help="files (jsonl, json, parquet, txt) or Hugging Face datasets: messages, ShareGPT conversations or text",
+    )
+    parser.add_argument("--split", default="train", help="split of the Hugging Face datasets")
+    parser.add_argument("--output", type=Path, required=True, help="jsonl to write; its record goes to OUTPUT.json")
+    parser.add_argument(
+        "--regenerate",
+        choices=["engine", "transformers", "none"],
+        default="engine",
+        help="what writes the answers: vLLM (default), transformers, or none (the given ones are kept)",
+    )
+    parser.add_argument("--num_prompts", type=int, help="draw this many, longer texts more often (default: each once)")
+    parser.add_argument("--prompt_length", type=int, default=64, help="tokens of a text that become its prompt")
+    parser.add_argument("--max_new_tokens", type=int, default=512, help="tokens of an answer")
+    parser.add_argument("--max_length", type=int, default=4096, help="tokens of a row, within the target's context")
+    parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 1.0], help="taken in turn")
+    parser.add_argument("--batch_size", type=int, default=256, help="prompts between two writes of the file")
+    parser.add_argument("--seed", type=int, default=0, help="chooses prompts and samples")
+    parser.add_argument("--chat_template_kwargs", type=json.loads, default={}, help="json object")
+    parser.add_argument("--engine_args", type=json.loads, default={}, help="json object: arguments of vllm.LLM")
+    parser.set_defaults(run=_prepare)
 
 
 def _train(args: argparse.Namespace) -> None:
     from vllm_kvspec.train.run import train
 
-    print(f"Wrote {train(args.rest, prog='vllm-kvspec train', epilog=TRAIN_EXAMPLE)}.")
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("vllm_kvspec").setLevel(logging.INFO)
+    train(args.rest, prog="vllm-kvspec train", epilog=TRAIN_EXAMPLE)
 
 
 def _add_train(commands) -> None:
@@ -97,7 +114,7 @@ def _add_train(commands) -> None:
 
 
 def _eval(args: argparse.Namespace) -> None:
-    from vllm_kvspec.eval.report import measure
+    from vllm_kvspec.eval.report import measure, plot
 
     report = measure(
         args.target_model,
@@ -111,32 +128,87 @@ def _eval(args: argparse.Namespace) -> None:
         beam=args.beam,
         width=args.width,
         seed=args.seed,
+        dtype=args.dtype,
+        name=args.name,
+        texts_dir=args.texts_dir or (args.output and args.output.parent),
+        with_bottlenecks=args.with_bottlenecks,
+        command=shlex.join(["vllm-kvspec", *args.argv]),
     )
     if args.output:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json.dumps(report, indent=2) + "\n")
+    if args.plot:
+        print("Wrote " + ", ".join(map(str, plot(report, args.plot))) + ".")
 
 
 def _add_eval(commands) -> None:
     parser = commands.add_parser("eval", help="measure a head's acceptance offline", epilog=EVAL_EXAMPLE)
-    _add_prompt_arguments(parser, num_prompts=64, max_new_tokens=160)
+    parser.add_argument("--target_model", required=True, help="target: directory or Hugging Face name")
     parser.add_argument("--draft_model", required=True, help="directory of the head")
-    parser.add_argument("--num_nodes", type=int, nargs="+", default=[8, 16, 32, 63], help="tree sizes")
+    parser.add_argument("--data_path", nargs="+", required=True, help='jsonl files with "text" or "messages"')
+    parser.add_argument("--num_prompts", type=int, default=64)
+    parser.add_argument("--prompt_length", type=int, default=64, help="tokens of a prompt")
+    parser.add_argument("--max_new_tokens", type=int, default=160)
+    parser.add_argument("--seed", type=int, default=0, help="chooses the prompts")
+    parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 1.0])
+    parser.add_argument("--num_nodes", type=int, nargs="*", default=[8, 16, 32, 63], help="tree sizes; none: chains")
     parser.add_argument("--beam", type=int, default=8, help="nodes expanded per level")
     parser.add_argument("--width", type=int, default=4, help="children per node")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+    parser.add_argument("--name", help="what compare calls the head (default: what kind it is); seeds share a name")
+    parser.add_argument("--no_bottlenecks", dest="with_bottlenecks", action="store_false", help="acceptance only")
     parser.add_argument("--output", type=Path, help="json to write")
+    parser.add_argument("--texts_dir", type=Path, help="keep the target's texts here (default: beside --output)")
+    parser.add_argument("--plot", type=Path, help="directory for acceptance.png and tau.png")
     parser.set_defaults(run=_eval)
+
+
+def _compare(args: argparse.Namespace) -> None:
+    from vllm_kvspec.eval.compare import load_reports, markdown, plot
+
+    reports = load_reports(args.reports)
+    text = markdown(reports)
+    print(text)
+    if args.output:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(text + "\n")
+    if args.plot:
+        print("Wrote " + ", ".join(map(str, plot(reports, args.plot))) + ".")
+
+
+def _add_compare(commands) -> None:
+    parser = commands.add_parser("compare", help="eval reports of several heads side by side", epilog=COMPARE_EXAMPLE)
+    parser.add_argument("reports", type=Path, nargs="+", metavar="REPORT.json", help="written by eval --output")
+    parser.add_argument("--output", type=Path, help="markdown to write")
+    parser.add_argument("--plot", type=Path, help="directory for acceptance.png and tau.png")
+    parser.set_defaults(run=_compare)
+
+
+def _doctor(args: argparse.Namespace) -> None:
+    from vllm_kvspec.doctor import doctor
+
+    if not doctor(args.target_model, args.draft_model):
+        sys.exit(1)
+
+
+def _add_doctor(commands) -> None:
+    parser = commands.add_parser("doctor", help="check the installation, a target and a head", epilog=DOCTOR_EXAMPLE)
+    parser.add_argument("--target_model", help="target: directory or Hugging Face name")
+    parser.add_argument("--draft_model", help="directory of the head")
+    parser.set_defaults(run=_doctor)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse ``argv`` (the process's own when None) and run the command."""
     parser = argparse.ArgumentParser(prog="vllm-kvspec", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (_add_init, _add_generate, _add_train, _add_eval):
+    for add in (_add_init, _add_prepare, _add_train, _add_eval, _add_compare, _add_doctor):
         add(commands)
     args, rest = parser.parse_known_args(argv)
     if rest and not getattr(args, "takes_rest", False):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     args.rest = rest
+    args.argv = sys.argv[1:] if argv is None else list(argv)
     args.run(args)
 
 

@@ -9,6 +9,7 @@ import importlib.metadata
 import logging
 import os
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -90,9 +91,12 @@ def engine_writer(target_model: str, settings: Settings) -> Writer:
     process, and the prefix cache is emptied between them. Raises ValueError when vLLM is not installed.
     """
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    if not torch.cuda.is_available():
-        # Without a GPU, vLLM's own kernels need Triton's interpreter too; read when triton is imported.
-        os.environ.setdefault("TRITON_INTERPRET", "1")
+    # Read when triton is imported, so it is too late to set it here.
+    if not torch.cuda.is_available() and find_spec("triton") and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(
+            "Without a GPU, vLLM's kernels need Triton's interpreter, found TRITON_INTERPRET unset; set "
+            "TRITON_INTERPRET=1 or use --regenerate transformers."
+        )
     try:
         from vllm import LLM, SamplingParams
     except ImportError as error:

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The import order of the package: kernels <- tree, config <- models <- {train, engine} <- eval <- cli.
+"""The import order of the package: kernels <- tree, config <- models <- {train, engine} <- {eval, prepare,
+doctor} <- cli.
 
 Why it matters: training must not need vLLM, kernels must be usable alone, and vLLM imports the package as a plugin in
 every process it starts, so that import has to stay light.
@@ -57,7 +58,9 @@ def test_import_of_the_package_is_light():
 
 
 def test_nothing_but_the_engine_loads_vllm():
-    names = modules("__init__.py", "cli.py", "config.py", "tree.py", "models", "train", "eval")
+    names = modules(
+        "__init__.py", "cli.py", "config.py", "tree.py", "models", "train", "eval", "prepare.py", "doctor.py"
+    )
     assert len(names) > 4
     assert loaded_after(names, ["vllm", "vllm_kvspec.engine"]) == set()
 
