@@ -52,8 +52,9 @@ def at_positions(states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
 
 
 def head_logits(target: PreTrainedModel, hidden: torch.Tensor, token_ids: torch.Tensor | None = None) -> torch.Tensor:
-    """The target's LM head over ``hidden`` [..., H] -> [..., V], or only the rows of ``token_ids`` [Vd]."""
+    """The target's LM head, in its dtype, over ``hidden`` [..., H] -> [..., V], or its rows ``token_ids`` [Vd] only."""
     lm_head = target.get_output_embeddings()
+    hidden = hidden.to(lm_head.weight.dtype)
     if token_ids is None:
         return lm_head(hidden)
     return torch.nn.functional.linear(hidden, lm_head.weight[token_ids])
