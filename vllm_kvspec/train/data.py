@@ -197,7 +197,7 @@ def load_rows(
     """
     for path in map(Path, paths):
         _check_whole(path)
-        _check_tokenizer(path, tokenizer_sha256)
+        _check_record(path, tokenizer_sha256)
     try:
         rows = load_dataset("json", data_files=paths, split="train")
     except DatasetGenerationError as error:
@@ -257,17 +257,20 @@ def _check_whole(path: Path) -> None:
         ) from error
 
 
-def _check_tokenizer(path: Path, wanted: str | None) -> None:
-    """Raise ValueError when the record beside ``path`` names another tokenizer than ``wanted``."""
+def _check_record(path: Path, tokenizer_sha256: str | None) -> None:
+    """Raise ValueError when the record beside ``path`` names another tokenizer; warn when the rows are unfinished."""
     sidecar = sidecar_path(path)
-    if wanted is None or not sidecar.is_file():
+    if not sidecar.is_file():
         return
-    target = json.loads(sidecar.read_text())["target"]
-    if target["tokenizer_sha256"] != wanted:
+    record = json.loads(sidecar.read_text())
+    target, done = record["target"], record["progress"]["prompts"]
+    if tokenizer_sha256 not in (None, target["tokenizer_sha256"]):
         raise ValueError(
             f"Rows must be prepared with the tokenizer of the target they train for; {path} was made with "
             f"{target['name_or_path']}, whose tokenizer is another. Prepare the rows with this target."
         )
+    if done < record["prompts"]:
+        logger.warning("%s is unfinished: %d of %d prompts are done.", path, done, record["prompts"])
 
 
 def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
