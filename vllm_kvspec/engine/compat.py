@@ -24,7 +24,21 @@ RUNNER_CONTRACT = {
         "input_batch",
         "grammar_output",
     ),
+    ("vllm.v1.worker.gpu.model_runner", "GPUModelRunner.execute_model"): ("self", "scheduler_output"),
+    ("vllm.v1.worker.gpu.model_runner", "GPUModelRunner.sample_tokens"): ("self", "grammar_output"),
     ("vllm.v1.worker.gpu_worker", "Worker._make_model_runner"): ("self",),
+    ("vllm.v1.worker.gpu_worker", "Worker.compile_or_warm_up_model"): ("self",),
+    ("vllm.v1.core.sched.scheduler", "Scheduler.update_from_output"): (
+        "self",
+        "scheduler_output",
+        "model_runner_output",
+    ),
+    ("vllm.v1.core.sched.scheduler", "Scheduler.make_spec_decoding_stats"): (
+        "self",
+        "spec_decoding_stats",
+        "num_draft_tokens",
+        "num_accepted_tokens",
+    ),
     ("vllm.v1.worker.gpu.spec_decode.rejection_sampler", "RejectionSampler._verify"): (
         "self",
         "logits",

@@ -13,6 +13,7 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 
 from vllm_kvspec.engine import ops
 from vllm_kvspec.engine.sampler import TreeRejectionSampler
+from vllm_kvspec.engine.step_costs import MeasuresStepCosts
 from vllm_kvspec.engine.target_kv import cache_classes, check_groups
 
 logger = init_logger("vllm.kvspec.runner")
@@ -37,7 +38,7 @@ def needs_chain(params: SamplingParams | None) -> bool:
     )
 
 
-class KVSpecRunnerMixin:
+class KVSpecRunnerMixin(MeasuresStepCosts):
     """Put before GPUModelRunner or CPUModelRunner in the bases."""
 
     def load_model(self, *args, **kwargs) -> None:
@@ -55,7 +56,7 @@ class KVSpecRunnerMixin:
     def _warn_if_budget_is_short(self) -> None:
         """A step that cannot hold every request's tree gets trimmed trees, and leaves the decode CUDA graphs."""
         rows = self.max_num_reqs * (self.num_speculative_steps + 1)
-        if self.max_num_tokens < rows:
+        if self.max_num_tokens < rows and self.speculative_config.budget == "fixed":
             logger.warning(
                 "kvspec verifies %d rows when all %d requests have a tree, but max_num_batched_tokens is %d: trees "
                 "will be trimmed. Raise --max-num-batched-tokens, or lower --max-num-seqs or num_speculative_tokens.",

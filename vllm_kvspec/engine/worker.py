@@ -36,6 +36,13 @@ class KVSpecWorker(Worker):
         register_cuda_backend()
         super().__init__(vllm_config, *args, **kwargs)
 
+    def compile_or_warm_up_model(self):
+        times = super().compile_or_warm_up_model()
+        config = self.vllm_config.speculative_config
+        if config.budget == "auto" and not config.budget_costs:
+            self.model_runner.measure_step_costs()
+        return times
+
     def _make_model_runner(self):
         from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 

@@ -1,0 +1,293 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How many tree nodes a step should verify, from the load: pure functions of batch size, context and acceptance.
+
+Nodes are free while the step is bound by reading weights and KV cache, and cost compute once the batch fills the
+device. ``choose_nodes`` takes the number with the most expected tokens per second; 0 means a plain decode step without
+a pass of the head, so by its own model the choice is never slower than not speculating. Because the nodes of a tree are
+ranked, the first n of them are a tree too, and because the head keeps no KV cache, a request can go from 0 nodes back
+to any number with nothing to catch up.
+
+Two cost models have the same method ``step_seconds``: ``Roofline`` (computed from shapes) and ``MeasuredCosts`` (timed
+steps, see ``step_costs.py``). ``Acceptance`` is the running estimate of what n nodes yield. No vLLM here.
+"""
+
+import json
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from math import exp
+from pathlib import Path
+from typing import Any, Protocol
+
+from vllm_kvspec.tree import MAX_NODES
+
+# tau by number of nodes, for a head whose checkpoint has no "acceptance_profile". After some steps only its shape
+# counts, because the running estimate scales it. Shape: tau - 1 of the bundled head on 24 held-out prompts, the mean of
+# temperature 0 and 1 after scaling each to 1 at 16 nodes. Height: a cautious tau of 3 at 16 nodes.
+DEFAULT_PROFILE = {1: 1.50, 2: 1.82, 4: 2.21, 8: 2.66, 16: 3.00, 32: 3.34, 63: 3.54}
+# Request steps after which an observation has lost 63% of its weight: steps that bring new ones, and steps without
+# nodes, which bring none. The second bounds how often a hopeless workload is tried again.
+HORIZON, IDLE_HORIZON = 512.0, 4096.0
+# Weight of the profile, in request steps at its largest tree.
+PRIOR_STEPS = 4.0
+
+
+class Costs(Protocol):
+    """A cost model."""
+
+    def step_seconds(self, batch: int, context: float, nodes: int) -> float:
+        """Seconds of one engine step of ``batch`` requests with ``context`` cached tokens in all: the verification of
+        ``nodes`` + 1 rows per request and, when ``nodes`` > 0, the head's pass for the next step."""
+        ...
+
+
+@dataclass(frozen=True)
+class Device:
+    """What bounds a pass: bytes per second and (dense, 16-bit) FLOP per second.
+
+    Decisions depend on the ratio alone. The default, 184 FLOP per byte, was measured on an H200 and lies between the
+    specifications of an A100 (156) and an H100 (295).
+    """
+
+    bandwidth: float = 4.3e12
+    flops: float = 790e12
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One forward pass: weights read once, work per row, KV read per token of context, work per row and token."""
+
+    weight_bytes: float
+    row_flops: float
+    context_bytes: float
+    row_context_flops: float
+
+    def seconds(self, device: Device, batch: int, context: float, rows: int) -> float:
+        """Roofline of linear layers plus roofline of attention, for ``rows`` rows per request, ``context`` in all."""
+        linear = max(self.weight_bytes / device.bandwidth, self.row_flops * batch * rows / device.flops)
+        attention = max(
+            self.context_bytes * context / device.bandwidth, self.row_context_flops * rows * context / device.flops
+        )
+        return linear + attention
+
+
+def decoder_pass(config: Any, element_bytes: int = 2, shards: int = 1) -> Pass:
+    """The pass of a dense decoder with a gated MLP and an LM head, from a Hugging Face text config (a head's config
+    works as well: each of its layers reads the KV of one target layer). ``shards``: tensor parallel size."""
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    query, key_value = heads * head_dim, 2 * (getattr(config, "num_key_value_heads", None) or heads) * head_dim
+    vocabulary = getattr(config, "draft_vocab_size", None) or config.vocab_size
+    layer = config.hidden_size * (2 * query + key_value + 3 * config.intermediate_size)
+    parameters = config.num_hidden_layers * layer + vocabulary * config.hidden_size
+    return Pass(
+        weight_bytes=parameters * element_bytes / shards,
+        row_flops=2 * parameters / shards,
+        context_bytes=config.num_hidden_layers * key_value * element_bytes / shards,
+        row_context_flops=4 * query * config.num_hidden_layers / shards,
+    )
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """Costs from shapes: a bound, without launch gaps, sampling or the choice of candidates."""
+
+    target: Pass
+    head: Pass
+    block: int
+    device: Device = Device()
+
+    def verify_seconds(self, batch: int, context: float, nodes: int) -> float:
+        """The target's forward of ``nodes`` + 1 rows per request; ``nodes`` = 0 is a plain decode step."""
+        return self.target.seconds(self.device, batch, context, nodes + 1)
+
+    def draft_seconds(self, batch: int, context: float) -> float:
+        """One pass of the head: ``block`` rows per request over the target's KV."""
+        return self.head.seconds(self.device, batch, context, self.block)
+
+    def step_seconds(self, batch: int, context: float, nodes: int) -> float:
+        draft = self.draft_seconds(batch, context) if nodes else 0.0
+        return self.verify_seconds(batch, context, nodes) + draft
+
+
+class MeasuredCosts:
+    """Timed engine steps. ``steps[nodes]`` is a list of (batch, seconds) at almost no context, batches ascending, and
+    ``context[nodes]`` seconds per token of context; both have an entry for 0 nodes, a plain decode step.
+
+    Linear between batches and beyond the last. Noise is ironed out: a larger batch or more nodes never cost less. Keys
+    may be strings, as in JSON. Raises ValueError for a malformed table.
+    """
+
+    def __init__(self, steps: Mapping[Any, Sequence[Sequence[float]]], context: Mapping[Any, float]):
+        self.nodes = sorted(int(n) for n in steps)
+        points = {int(n): sorted((int(batch), float(t)) for batch, t in column) for n, column in steps.items()}
+        self._context = {int(n): float(t) for n, t in context.items()}
+        if sorted(self._context) != self.nodes or self.nodes[:1] != [0] or self.nodes[-1] > MAX_NODES:
+            raise ValueError(
+                f"A cost table's steps and context must have the same numbers of nodes, from 0 to at most {MAX_NODES}; "
+                f"got {self.nodes} and {sorted(self._context)}."
+            )
+        if any(not column or column[0][0] != 1 or min(t for _, t in column) <= 0 for column in points.values()):
+            raise ValueError(
+                f"A cost table's steps must start at batch 1 and take some time; got {points}. Measure them again."
+            )
+        least: dict[int, float] = {}
+        longest = 0.0
+        self._points = {}
+        for n in self.nodes:
+            batches, times = zip(*points[n], strict=True)
+            least = {b: max(t, least.get(b, 0.0)) for b, t in zip(batches, times, strict=True)}
+            self._points[n] = batches, list(accumulate(least.values(), max))
+            self._context[n] = longest = max(longest, self._context[n])
+
+    def step_seconds(self, batch: int, context: float, nodes: int) -> float:
+        return _interpolate(*self._points[nodes], batch) + self._context[nodes] * context
+
+
+def _interpolate(xs: Sequence[float], ys: Sequence[float], x: float) -> float:
+    """Piecewise linear through the points; the last piece goes on beyond the end."""
+    if len(xs) == 1:
+        return ys[0]
+    i = min(max(bisect_left(xs, x), 1), len(xs) - 1)
+    slope = (ys[i] - ys[i - 1]) / (xs[i] - xs[i - 1])
+    return ys[i - 1] + slope * (x - xs[i - 1])
+
+
+def read_costs(path: str | Path) -> MeasuredCosts:
+    """A cost table from a JSON file with the arguments of ``MeasuredCosts``. Raises ValueError."""
+    try:
+        return MeasuredCosts(**json.loads(Path(path).read_text()))
+    except (OSError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        raise ValueError(
+            'kvspec\'s budget_costs must be a JSON file like {"steps": {"0": [[1, 0.004]], "8": [[1, 0.005]]}, '
+            f'"context": {{"0": 0, "8": 0}}}}; {str(path)!r} could not be read as one: {error}'
+        ) from error
+
+
+def accepted_by_nodes(profile: Mapping[Any, float]) -> list[float]:
+    """Accepted tokens for 0..63 nodes: linear between the points of ``profile``, nodes -> tau, and flat beyond.
+
+    Keys may be strings, as in JSON. Raises ValueError unless tau is at least 1, does not fall and ends above 1.
+    """
+    points = sorted((int(nodes), float(tau)) for nodes, tau in profile.items())
+    taus = [tau for _, tau in points]
+    in_range = points and points[0][0] >= 1 and points[-1][0] <= MAX_NODES
+    if not in_range or taus[0] < 1 or taus[-1] <= 1 or taus != sorted(taus):
+        raise ValueError(
+            f"A head's acceptance_profile must give tau by number of nodes in 1..{MAX_NODES}, at least 1, not falling and "
+            f"ending above 1; got {dict(profile)}. Write what `vllm-kvspec eval` measured, or leave it out."
+        )
+    xs, ys = [0, *(nodes for nodes, _ in points)], [0.0, *(tau - 1 for tau in taus)]
+    return [_interpolate(xs, ys, n) if n < xs[-1] else ys[-1] for n in range(MAX_NODES + 1)]
+
+
+class Acceptance:
+    """Running estimate of the tokens accepted per request step, for every number of nodes.
+
+    The profile's curve, scaled by the ratio of accepted to foreseen tokens over the last ``HORIZON`` request steps,
+    with ``PRIOR_STEPS`` steps of trust in the profile. Steps without nodes show nothing, so the estimate drifts back to
+    the profile, and a workload that was given up is tried again for a few steps.
+    """
+
+    def __init__(self, profile: Mapping[Any, float] | None = None):
+        self.curve = accepted_by_nodes(profile or DEFAULT_PROFILE)
+        self._prior = PRIOR_STEPS * self.curve[-1]
+        self._seen = self._foreseen = 0.0
+
+    @property
+    def scale(self) -> float:
+        return (self._prior + self._seen) / (self._prior + self._foreseen)
+
+    def observe(self, nodes: int, accepted: int) -> None:
+        """A request's step with ``nodes`` nodes accepted ``accepted`` of them."""
+        self._fade(1 / HORIZON)
+        self._seen += accepted
+        self._foreseen += self.curve[nodes]
+
+    def forget(self, steps: int) -> None:
+        """``steps`` request steps went by without nodes."""
+        self._fade(steps / IDLE_HORIZON)
+
+    def _fade(self, amount: float) -> None:
+        self._seen *= exp(-amount)
+        self._foreseen *= exp(-amount)
+
+    def accepted(self, nodes: int) -> float:
+        """Expected accepted tokens of a request step with ``nodes`` nodes."""
+        return min(nodes, self.scale * self.curve[nodes])
+
+
+def tokens_per_second(costs: Costs, accepted: float, batch: int, context: float, nodes: int) -> float:
+    """Of each request."""
+    return (1 + accepted) / costs.step_seconds(batch, context, nodes)
+
+
+def choose_nodes(
+    costs: Costs,
+    acceptance: Acceptance,
+    sizes: Sequence[int],
+    batch: int,
+    context: float,
+    max_rows: float = float("inf"),
+) -> int:
+    """The number of nodes in ``sizes`` or 0 with the most expected tokens per second, the smallest of equals.
+
+    ``batch``: requests in the step; ``context``: their cached tokens in all; ``max_rows``: rows that one step may have.
+    """
+    best, best_rate = 0, tokens_per_second(costs, 0.0, batch, context, 0)
+    for nodes in sorted(sizes):
+        if nodes == 0 or batch * (nodes + 1) > max_rows:
+            continue
+        rate = tokens_per_second(costs, acceptance.accepted(nodes), batch, context, nodes)
+        if rate > best_rate:
+            best, best_rate = nodes, rate
+    return best
+
+
+class NodeBudget:
+    """The choice with its state, for the scheduler: ``nodes`` for a step, ``acceptance.observe`` for its outcome."""
+
+    def __init__(self, costs: Costs, acceptance: Acceptance, sizes: Sequence[int], max_rows: float = float("inf")):
+        self.costs = costs
+        self.acceptance = acceptance
+        self.sizes = sizes
+        self.max_rows = max_rows
+
+    def nodes(self, batch: int, context: float) -> int:
+        """Nodes per request for a step of ``batch`` requests with ``context`` cached tokens in all."""
+        return choose_nodes(self.costs, self.acceptance, self.sizes, batch, context, self.max_rows)
+
+    def describe(self, batch: int, context: float, nodes: int) -> str:
+        """One line for the log: the choice and why."""
+        accepted = self.acceptance.accepted(nodes)
+        plain = tokens_per_second(self.costs, 0.0, batch, context, 0)
+        gain = tokens_per_second(self.costs, accepted, batch, context, nodes) / plain
+        return (
+            f"{nodes} nodes per request at batch {batch} with {context / batch:.0f} tokens of context each: "
+            f"{1 + accepted:.2f} tokens per step and {gain:.2f} times plain decoding expected"
+        )
+
+
+def budget_sizes(ceiling: int) -> list[int]:
+    """The numbers of nodes to choose from, descending: the ceiling, powers of two below it, and 0.
+
+    Few, because each needs its own CUDA graphs (one query length each).
+    """
+    return [ceiling, *(size for size in (32, 16, 8, 4, 2) if size < ceiling), 0]
+
+
+def graph_schedule(sizes: Sequence[int], max_batch: int, max_rows: int = 512) -> list[tuple[int, int, int]]:
+    """``num_speculative_tokens_per_batch_size`` that makes vLLM capture decode graphs of ``sizes``, descending to 0.
+
+    vLLM captures the query lengths that occur in its schedule by batch size, with room for the widest batch of each;
+    the choice at run time may differ. Each size gets the batches that fit ``max_rows`` rows, the largest that vLLM
+    captures by default, and at least one batch size. With fewer batch sizes than sizes, small trees are left out.
+    """
+    sizes = sizes if len(sizes) <= max_batch else [*sizes[: max_batch - 1], 0] if max_batch > 1 else sizes[:1]
+    schedule, first = [], 1
+    for left, size in zip(range(len(sizes) - 1, -1, -1), sizes, strict=True):
+        last = max(first, min(max_batch - left, max_rows // (size + 1))) if left else max_batch
+        schedule.append((first, last, size))
+        first = last + 1
+    return schedule

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM's schedulers with the number of nodes per step chosen by the load (``budget: "auto"``).
+
+vLLM asks a table by batch size for the length of the next drafts (``dynamic_sd_lookup``). Here the table looks at the
+batch's context and at the running acceptance as well; everything else, asynchronous scheduling included, is vLLM's.
+Accepted counts come from where vLLM has them on the host anyway, so nothing waits for the device.
+"""
+
+from vllm.logger import init_logger
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
+
+from vllm_kvspec.engine.budget import Acceptance, MeasuredCosts, NodeBudget, Roofline, decoder_pass, read_costs
+
+logger = init_logger("vllm.kvspec.budget")
+
+
+def create_budget(vllm_config, sizes: list[int]) -> NodeBudget:
+    """The budget of an engine: its roofline, or the cost table that the user gave, over the captured ``sizes``."""
+    config = vllm_config.speculative_config
+    head = config.draft_model_config.hf_config
+    if config.budget_costs:
+        costs = read_costs(config.budget_costs)
+    else:
+        shards = vllm_config.parallel_config.tensor_parallel_size
+        element_bytes = vllm_config.model_config.dtype.itemsize
+        target = decoder_pass(vllm_config.model_config.hf_text_config, element_bytes, shards)
+        costs = Roofline(target, decoder_pass(head, element_bytes, shards), head.draft_block_size)
+    # A wider step would be trimmed, or leave the captured graphs.
+    graph_rows = vllm_config.compilation_config.max_cudagraph_capture_size or float("inf")
+    max_rows = min(graph_rows, vllm_config.scheduler_config.max_num_batched_tokens)
+    return NodeBudget(costs, Acceptance(getattr(head, "acceptance_profile", None)), sizes, max_rows)
+
+
+class NodesByLoad:
+    """Takes the place of the scheduler's table: ``[batch]`` -> nodes per request for the next step."""
+
+    def __init__(self, scheduler: Scheduler, budget: NodeBudget):
+        self.scheduler = scheduler
+        self.budget = budget
+        self._last = -1
+        self._logged: set[int] = set()
+
+    def __getitem__(self, batch: int) -> int:
+        context = sum(request.num_computed_tokens for request in self.scheduler.running)
+        nodes = self.budget.nodes(batch, context)
+        if nodes != self._last:
+            log = logger.debug if nodes in self._logged else logger.info
+            log("kvspec: %s", self.budget.describe(batch, context, nodes))
+            self._logged.add(nodes)
+            self._last = nodes
+        if nodes == 0:
+            self.budget.acceptance.forget(batch)
+        return nodes
+
+
+class ChoosesNodes:
+    """Put before ``Scheduler`` or ``AsyncScheduler`` in the bases."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        # The lengths for which vLLM has captured graphs, and none.
+        sizes = sorted({0, *self.dynamic_sd_lookup[1:]})
+        self.budget = create_budget(self.vllm_config, sizes)
+        self.dynamic_sd_lookup = NodesByLoad(self, self.budget)
+
+    def update_from_output(self, scheduler_output, model_runner_output):
+        if table := getattr(model_runner_output, "kvspec_step_costs", None):
+            self.budget.costs = MeasuredCosts(**table)
+        return super().update_from_output(scheduler_output, model_runner_output)
+
+    def make_spec_decoding_stats(self, spec_decoding_stats, num_draft_tokens, num_accepted_tokens, *args, **kwargs):
+        if num_draft_tokens:
+            self.budget.acceptance.observe(num_draft_tokens, num_accepted_tokens)
+        return super().make_spec_decoding_stats(
+            spec_decoding_stats, num_draft_tokens, num_accepted_tokens, *args, **kwargs
+        )
+
+
+class BudgetScheduler(ChoosesNodes, Scheduler):
+    pass
+
+
+class BudgetAsyncScheduler(ChoosesNodes, AsyncScheduler):
+    pass
+
+
+def create_scheduler(vllm_config, *args, **kwargs) -> Scheduler:
+    """``--scheduler-cls`` is set to this by the speculative config. A function, because whether scheduling is
+    asynchronous is known only once the engine is configured."""
+    scheduler = BudgetAsyncScheduler if vllm_config.scheduler_config.async_scheduling else BudgetScheduler
+    return scheduler(vllm_config, *args, **kwargs)
