@@ -1,95 +1,73 @@
 # SPDX-License-Identifier: Apache-2.0
 """Acceptance of a head, offline in torch: the same tree expansion and noise as in the engine, no vLLM.
 
-The target continues held-out prompts once (greedily, or with the Gumbel noise of a seed, which makes the text a
-function of the seed). Then every position of that text serves as an anchor: the head drafts a tree there, and the
-accepted path is what the tree shares with the text. Because the target's text is fixed, the engine's run over it visits
-exactly the anchors reached by jumping ``accepted + 1`` ahead, so the free-running acceptance length is exact as well.
+Every position of a text that the target wrote serves as an anchor: the head drafts there, and what is accepted is what
+the draft shares with the text. Because the target's text is fixed, the engine's run over it visits exactly the anchors
+reached by jumping ``accepted + 1`` ahead, so the free-running acceptance length is exact as well.
+
+Acceptance is kept as survival: per anchor and depth k the probability, given the text, that the draft is accepted to
+depth k + 1 at least. It is 0 or 1 for greedy, coupled and uncoupled drafts. Classic rejection sampling accepts the
+draft token x ~ q with probability min(1, p(x) / q(x)) and otherwise draws from the residual; the token y that comes out
+is distributed as p, and P(draft accepted | y) = min(1, q(y) / p(y)). Along a text drawn from the target the survival of
+a chain under rejection sampling is therefore the product of min(1, q / p) over the text's own tokens: exact given the
+text, with no random numbers of its own.
 """
 
-from dataclasses import dataclass
-
 import torch
-from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
+from tqdm import tqdm
+from transformers import PreTrainedModel
 
+from vllm_kvspec.eval.statistics import Acceptance, summarise
+from vllm_kvspec.eval.texts import Text, repeated_share
 from vllm_kvspec.kernels.reference import gumbel_noise, tree_build
 from vllm_kvspec.models.draft_head import KVSpecDraftModel
-from vllm_kvspec.models.target import anchor_inputs, view_target
-from vllm_kvspec.train.data import continue_prompts
-from vllm_kvspec.tree import expand_tree, ranking_scale
+from vllm_kvspec.models.drafting import draft_candidates, draft_logits
+from vllm_kvspec.models.target import TargetView, head_logits, view_target
+from vllm_kvspec.tree import MAX_NODES, num_candidates, ranking_scale
 
-# A row of a batch of anchors holds [G, V] logits and noise; this many keep a 4k vocabulary within some 100 MB.
-ANCHORS_PER_BATCH = 64
-
-
-@dataclass
-class Text:
-    """One continued prompt: all tokens, where the continuation starts, and the seed of its noise."""
-
-    input_ids: list[int]
-    prompt_length: int
-    seed: int
+GREEDY, COUPLED, UNCOUPLED, REJECTION = MODES = ("greedy", "coupled", "uncoupled", "rejection")
+# A batch of anchors holds [A, G, V] logits and noise; this many values keep it within some 100 MB.
+VALUES_PER_BATCH = 1 << 22
 
 
-@dataclass
-class Acceptance:
-    """Acceptance lengths (accepted + 1) of one kind of tree.
-
-    ``tau``: mean over the drafts of a free run. ``tau_all``: mean over all positions. ``drafts``: drafts of the free
-    run. ``conditional``: a_k, share accepted at depth k among those accepted up to depth k - 1.
-    """
-
-    tau: float
-    tau_all: float
-    drafts: int
-    conditional: list[float]
-
-
-class NoiseProcessor(LogitsProcessor):
-    """Adds temperature * Gumbel noise of (seed, position, token) to the logits: greedy decoding then samples."""
-
-    def __init__(self, seeds: torch.Tensor, temperature: float, padding: torch.Tensor):
-        self.seeds, self.padding = seeds, padding
-        self.temperature = torch.full(seeds.shape, temperature, dtype=torch.float32)
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        position = (input_ids.shape[1] - 1 - self.padding)[:, None]
-        rows = torch.arange(len(self.seeds))
-        return scores + gumbel_noise(self.seeds, self.temperature, position, rows, scores.shape[-1])[:, 0]
-
-
-def write_texts(
-    target: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: list[list[int]],
-    *,
-    max_new_tokens: int,
-    temperature: float,
-) -> list[Text]:
-    """Continue ``prompts`` with the target; prompt i uses seed i."""
-    longest = max(map(len, prompts))
-    padding = torch.tensor([longest - len(prompt) for prompt in prompts])
-    processor = [NoiseProcessor(torch.arange(len(prompts)), temperature, padding)] if temperature > 0 else None
-    rows = continue_prompts(
-        target, tokenizer, prompts, max_new_tokens=max_new_tokens, temperature=0.0, logits_processor=processor
-    )
-    return [Text(ids, len(prompt), seed) for seed, (ids, prompt) in enumerate(zip(rows, prompts, strict=True))]
+def modes_at(temperature: float) -> tuple[str, ...]:
+    """The ways of drafting that differ at ``temperature``."""
+    return (COUPLED, UNCOUPLED, REJECTION) if temperature > 0 else (GREEDY,)
 
 
 def accepted_depth(
     tokens: torch.Tensor, parent: torch.Tensor, depth: torch.Tensor, truth: torch.Tensor
 ) -> torch.Tensor:
-    """Length [A] of the longest path that agrees with the text.
+    """Length [A, N+1] of the longest path among the nodes 0..n that agrees with the text, for every n.
 
     ``tokens`` [A, N] of nodes 1..N; ``parent`` and ``depth`` [A, N+1] as ``tree_build`` gives; ``truth`` [A, G]: the
-    text after the anchor.
+    text after the anchor. The first n nodes that ``tree_build`` returns are its tree of n nodes, so one pass measures
+    all tree sizes.
     """
     alive = torch.ones_like(parent, dtype=torch.bool)
     padded = torch.nn.functional.pad(truth, (0, max(0, tokens.shape[1] - truth.shape[1])), value=-1)
+    agrees = tokens == padded.gather(1, depth[:, 1:].long() - 1)
     for node in range(1, parent.shape[1]):
-        agrees = tokens[:, node - 1] == padded.gather(1, depth[:, node : node + 1].long() - 1)[:, 0]
-        alive[:, node] = agrees & alive.gather(1, parent[:, node : node + 1].long())[:, 0]
-    return (alive * depth).amax(dim=1)
+        alive[:, node] = agrees[:, node - 1] & alive.gather(1, parent[:, node : node + 1].long())[:, 0]
+    return (alive * depth).cummax(dim=1).values
+
+
+def fitting_sizes(num_nodes: list[int], block: int, beam: int, width: int) -> list[int]:
+    """Those tree sizes that the expansion of a block can fill."""
+    return [n for n in num_nodes if n <= min(MAX_NODES, num_candidates(block, beam, width))]
+
+
+def anchor_positions(text: Text, block: int) -> torch.Tensor:
+    """Positions [P] of a text's anchors: those whose whole block lies inside the text."""
+    return torch.arange(text.prompt_length, len(text.input_ids) - block)
+
+
+def noise_windows(seed: int, temperature: float, base: torch.Tensor, block: int, vocab_size: int) -> torch.Tensor:
+    """The noise [A, G, V] that the target's sampler adds at ``base + d``; ``base`` [A] are neighbours."""
+    positions = torch.arange(int(base[0]), int(base[-1]) + block, device=base.device)
+    seeds, temperatures = torch.tensor([seed], device=base.device), torch.tensor([temperature], device=base.device)
+    noise = gumbel_noise(seeds, temperatures, positions[None], torch.zeros_like(positions[:1]), vocab_size)[0]
+    return noise[base[:, None] - base[0] + torch.arange(block, device=base.device)]
 
 
 @torch.no_grad()
@@ -104,64 +82,82 @@ def text_acceptance(
     beam: int = 8,
     width: int = 4,
 ) -> dict[str, torch.Tensor]:
-    """Accepted tokens at every anchor of one text: ``{"chain": [P], "8": [P], ...}`` int64.
+    """Accepted tokens at every anchor of one text: ``{"chain": [P], "8": [P], ...}`` int64, on the CPU.
 
     ``coupled`` draws the candidates with the target's noise when ``temperature`` is above 0.
     """
-    config = head.config
+    config, device = head.config, target.device
     block = config.draft_block_size
-    ids = torch.tensor([text.input_ids])
+    ids = torch.tensor([text.input_ids], device=device)
     view = view_target(target, config, ids)
-    bases = torch.arange(text.prompt_length, len(text.input_ids) - block)
     found: dict[str, list[torch.Tensor]] = {"chain": [], **{str(n): [] for n in num_nodes}}
-    for base in bases.split(ANCHORS_PER_BATCH):
-        anchor_embeds, target_hidden = anchor_inputs(target, view, ids, base[None])
-        hidden = head(anchor_embeds, base[None], view.context, target_hidden)[0]
-        noise, temperatures = None, torch.full((len(base),), temperature)
+    for base in _batches(text, head, device):
+        truth = ids[0, base[:, None] + 1 + torch.arange(block, device=device)]
+        temperatures = torch.full((len(base),), temperature, device=device)
         scale = ranking_scale(temperatures, coupled, config.greedy_scale)
+        noise = None
         if temperature > 0 and coupled:
-            rows = torch.zeros(len(base), dtype=torch.int64)
-            positions = base[:, None] + torch.arange(block)
-            noise = gumbel_noise(torch.tensor([text.seed]), temperatures[:1], positions, rows, config.vocab_size)
-        weights = (head.transition_in.weight, head.transition_out.weight)
-        logits, anchor = target.lm_head(hidden), ids[0, base]
-        truth = ids[0, base[:, None] + 1 + torch.arange(block)]
-        chain = torch.ones(len(base), dtype=torch.bool)
-        chained = expand_tree(logits, anchor, *weights, noise, scale, beam=1, width=1, chain=chain)
-        found["chain"].append(accepted_depth(*tree_build(*chained, block)[:3], truth))
-        candidates = expand_tree(logits, anchor, *weights, noise, scale, beam=beam, width=width)
-        for n in num_nodes:
-            found[str(n)].append(accepted_depth(*tree_build(*candidates, n)[:3], truth))
-    return {name: torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64) for name, parts in found.items()}
+            noise = noise_windows(text.seed, temperature, base, block, config.vocab_size)
+        chain = torch.ones(len(base), dtype=torch.bool, device=device)
+        inputs = (head, target, view, ids, base, noise, scale)
+        chained = draft_candidates(*inputs, beam=1, width=1, chain=chain)
+        found["chain"].append(accepted_depth(*tree_build(*chained, block)[:3], truth)[:, -1])
+        if num_nodes:
+            candidates = draft_candidates(*inputs, beam=beam, width=width, chain=None)
+            accepted = accepted_depth(*tree_build(*candidates, max(num_nodes))[:3], truth)
+            for n in num_nodes:
+                found[str(n)].append(accepted[:, n])
+    return {name: torch.cat(parts).cpu() if parts else torch.empty(0).long() for name, parts in found.items()}
 
 
-def summarise(accepted: list[torch.Tensor], block: int) -> Acceptance:
-    """Acceptance over texts; ``accepted`` holds one [P] tensor of accepted tokens per text."""
-    free_run: list[int] = []
-    for per_anchor in accepted:
-        steps, position = per_anchor.tolist(), 0
-        while position < len(steps):
-            free_run.append(steps[position])
-            position += steps[position] + 1
-    everywhere = torch.cat(accepted).float()
-    run = torch.tensor(free_run)
-    reached = [(run >= k).sum().item() for k in range(block + 1)]
-    return Acceptance(
-        tau=run.float().mean().item() + 1,
-        tau_all=everywhere.mean().item() + 1,
-        drafts=len(free_run),
-        conditional=[reached[k + 1] / max(reached[k], 1) for k in range(block)],
-    )
+@torch.no_grad()
+def rejection_survival(
+    head: KVSpecDraftModel, target: PreTrainedModel, text: Text, *, temperature: float
+) -> torch.Tensor:
+    """Survival [P, G] fp64 of chains under classic rejection sampling, given the text; see the module docstring."""
+    config, device = head.config, target.device
+    ids = torch.tensor([text.input_ids], device=device)
+    view = view_target(target, config, ids)
+    log_p = next_token_log_probs(target, view, ids, temperature)
+    offsets = torch.arange(config.draft_block_size, device=device)
+    parts = []
+    for base in _batches(text, head, device):
+        positions = base[:, None] + offsets
+        logits = draft_logits(head, target, view, ids, base, ids[0, positions])
+        log_q = (logits.float() / temperature).log_softmax(dim=-1)
+        log_q = log_q.gather(-1, ids[0, positions + 1].unsqueeze(-1)).squeeze(-1)
+        parts.append((log_q - log_p[positions]).clamp(max=0).double().cumsum(dim=1).exp())
+    return torch.cat(parts).cpu() if parts else torch.empty(0, config.draft_block_size).double()
 
 
-def repeated_share(text: Text, order: int = 8) -> float:
-    """Share of a continuation's tokens that end an ``order``-gram seen before in the text: how repetitive it is."""
-    ids, seen, repeated = text.input_ids, set(), 0
-    for end in range(order, len(ids) + 1):
-        gram = tuple(ids[end - order : end])
-        repeated += end > text.prompt_length and gram in seen
-        seen.add(gram)
-    return repeated / max(len(ids) - text.prompt_length, 1)
+def next_token_log_probs(
+    target: PreTrainedModel, view: TargetView, ids: torch.Tensor, temperature: float
+) -> torch.Tensor:
+    """The target's log-probability [S - 1] of each next token of ``ids`` [1, S] at ``temperature``."""
+    logits = head_logits(target, view.hidden[0, :-1]).float() / temperature
+    return logits.log_softmax(dim=-1).gather(1, ids[0, 1:, None])[:, 0]
+
+
+def _batches(text: Text, head: KVSpecDraftModel, device: torch.device) -> list[torch.Tensor]:
+    """The text's anchors in batches of neighbours."""
+    block = head.config.draft_block_size
+    base = anchor_positions(text, block).to(device)
+    size = max(1, VALUES_PER_BATCH // (block * head.config.vocab_size))
+    return list(base.split(min(size, 64))) if len(base) else []
+
+
+def text_survival(
+    head: KVSpecDraftModel, target: PreTrainedModel, text: Text, num_nodes: list[int], *, mode: str, **options
+) -> dict[str, torch.Tensor]:
+    """Survival [P, G] fp64 at every anchor of one text per kind of tree (only "chain" for mode "rejection").
+
+    ``options``: ``temperature``, ``beam`` and ``width`` of ``text_acceptance``.
+    """
+    if mode == REJECTION:
+        return {"chain": rejection_survival(head, target, text, temperature=options["temperature"])}
+    found = text_acceptance(head, target, text, num_nodes, coupled=mode == COUPLED, **options)
+    depths = torch.arange(head.config.draft_block_size)
+    return {name: (accepted[:, None] > depths).double() for name, accepted in found.items()}
 
 
 def evaluate(
@@ -169,15 +165,17 @@ def evaluate(
     target: PreTrainedModel,
     texts: list[Text],
     num_nodes: list[int],
+    *,
+    mode: str = GREEDY,
     **options,
 ) -> tuple[dict[str, Acceptance], dict[str, Acceptance]]:
     """Acceptance per kind of tree over all ``texts``, and over the less repetitive half of them.
 
-    ``options`` are those of ``text_acceptance``. Small models loop when they decode greedily, and loops are easy to
+    ``options`` are those of ``text_survival``. Small models loop when they decode greedily, and loops are easy to
     draft: the second figure keeps the first honest.
     """
-    found = [text_acceptance(head, target, text, num_nodes, **options) for text in texts]
+    progress = tqdm(texts, desc=f"drafts, {mode}", unit="text", leave=False, disable=None)
+    found = [text_survival(head, target, text, num_nodes, mode=mode, **options) for text in progress]
     order = sorted(range(len(texts)), key=lambda i: repeated_share(texts[i]))
     halves = (range(len(texts)), order[: (len(texts) + 1) // 2])
-    block = head.config.draft_block_size
-    return tuple({name: summarise([found[i][name] for i in part], block) for name in found[0]} for part in halves)
+    return tuple({name: summarise([found[i][name] for i in part]) for name in found[0]} for part in halves)

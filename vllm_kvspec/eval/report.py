@@ -1,15 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The eval command: acceptance of a head over held-out prompts at several temperatures, as a table and as json."""
+"""The eval command: acceptance of a head over held-out prompts and its bottlenecks, as tables, json and plots."""
 
+import importlib.metadata
+import json
+import math
+import platform
 from dataclasses import asdict
+from pathlib import Path
 
 import torch
+from rich.console import Console
+from rich.table import Table
 
-from vllm_kvspec.config import check_fingerprint, target_fingerprint
-from vllm_kvspec.eval.acceptance import Acceptance, evaluate, repeated_share, write_texts
+from vllm_kvspec.config import NOT_COMPARED, KVSpecDraftConfig, check_fingerprint, target_fingerprint
+from vllm_kvspec.eval.acceptance import Acceptance, evaluate, fitting_sizes, modes_at
+from vllm_kvspec.eval.bottlenecks import bottlenecks
+from vllm_kvspec.eval.plots import plot_acceptance, plot_tau
+from vllm_kvspec.eval.texts import Text, cached_texts, digest, repeated_share, weights_sha256
 from vllm_kvspec.models.draft_head import KVSpecDraftModel
 from vllm_kvspec.train.data import cut_prompts, load_texts
 from vllm_kvspec.train.run import load_target
+
+# Attention maps and gradients are averages over thousands of rows after a few texts already.
+BOTTLENECK_TEXTS = 8
+DIGITS = 4
 
 
 def measure(
@@ -25,56 +39,206 @@ def measure(
     beam: int,
     width: int,
     seed: int,
+    dtype: str = "float32",
+    name: str | None = None,
+    texts_dir: Path | None = None,
+    with_bottlenecks: bool = True,
+    command: str = "",
 ) -> dict:
-    """Print one table and return the numbers with the conditions they were measured under (float32, torch)."""
-    target, tokenizer = load_target(target_model)
-    head = KVSpecDraftModel.from_pretrained(draft_model, dtype=torch.float32).eval()
-    check_fingerprint(head.config, target_fingerprint(target.config.get_text_config(), tokenizer))
+    """Print the tables and return the numbers with the conditions they were measured under, as plain JSON.
+
+    ``texts_dir``: where the target's texts are kept for the next head, or None. ``name``: what ``compare`` calls the
+    head; heads of the same name are seeds of one recipe. Raises ValueError when no text is long enough for a block.
+    """
+    target, tokenizer = load_target(target_model, getattr(torch, dtype))
+    head = KVSpecDraftModel.from_pretrained(draft_model, dtype=target.dtype).eval().to(target.device)
+    fingerprint = target_fingerprint(target.config.get_text_config(), tokenizer)
+    check_fingerprint(head.config, fingerprint)
     prompts = cut_prompts(load_texts(data_path), tokenizer, num_prompts, prompt_length, seed)
     block = head.config.draft_block_size
-    runs = []
+    sizes = fitting_sizes(num_nodes, block, beam, width)
+    report = {
+        "conditions": {
+            "command": command,
+            "versions": _versions(),
+            "device": _device_name(target.device),
+            "target": {
+                "name": target_model,
+                "weights_sha256": weights_sha256(target),
+                "fingerprint": {key: value for key, value in fingerprint.items() if key not in NOT_COMPARED},
+            },
+            "head": _describe_head(head, draft_model, name),
+            "data_path": [str(path) for path in data_path],
+            "num_prompts": num_prompts,
+            "prompt_length": prompt_length,
+            "max_new_tokens": max_new_tokens,
+            "seed": seed,
+            "beam": beam,
+            "width": width,
+            "draft_block_size": block,
+            "dtype": dtype,
+        },
+        "runs": [],
+    }
     for temperature in temperatures:
-        texts = write_texts(target, tokenizer, prompts, max_new_tokens=max_new_tokens, temperature=temperature)
+        texts = cached_texts(
+            texts_dir, target, tokenizer, prompts, max_new_tokens=max_new_tokens, temperature=temperature
+        )
+        sha256 = digest([asdict(text) for text in texts])
         # The last `block` tokens cannot be anchors, so a shorter continuation measures nothing.
         texts = [text for text in texts if len(text.input_ids) - text.prompt_length > block]
-        for coupled in (True, False) if temperature > 0 else (False,):
-            options = {"temperature": temperature, "coupled": coupled, "beam": beam, "width": width}
-            found, less_repetitive = evaluate(head, target, texts, num_nodes, **options)
-            shares = [repeated_share(text) for text in texts]
-            runs.append(
-                {
-                    "temperature": temperature,
-                    "coupled": coupled,
-                    "texts": len(texts),
-                    "repeated_8gram_share": round(sum(shares) / len(shares), 3),
-                    "trees": {name: _rounded(acceptance) for name, acceptance in found.items()},
-                    "less_repetitive_half": {name: _rounded(half) for name, half in less_repetitive.items()},
-                }
+        if not texts:
+            raise ValueError(
+                f"A continuation must be longer than the head's block of {block} to be measured, found none at "
+                f"temperature {temperature:g} (max_new_tokens {max_new_tokens}); ask for more tokens or prompts."
             )
-            _print_run(runs[-1])
-    conditions = {
-        "num_prompts": num_prompts,
-        "prompt_length": prompt_length,
-        "max_new_tokens": max_new_tokens,
-        "seed": seed,
-        "beam": beam,
-        "width": width,
-        "draft_block_size": block,
-        "dtype": "float32",
+        options = {"temperature": temperature, "beam": beam, "width": width}
+        for mode in modes_at(temperature):
+            found = evaluate(head, target, texts, sizes, mode=mode, **options)
+            report["runs"].append(_run(temperature, mode, texts, sha256, *found))
+            print_run(report["runs"][-1])
+        if with_bottlenecks and "bottlenecks" not in report:
+            report["bottlenecks"] = _rounded(bottlenecks(head, target, texts[:BOTTLENECK_TEXTS], temperature))
+            print_bottlenecks(report["bottlenecks"])
+    return report
+
+
+def _versions() -> dict[str, str]:
+    names = ("vllm-kvspec", "torch", "transformers")
+    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in names}}
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _describe_head(head: KVSpecDraftModel, path: str, name: str | None) -> dict:
+    record = Path(path) / "training.json"
+    training = json.loads(record.read_text()) if record.is_file() else {}
+    config = head.config.to_dict()
+    return {
+        "path": path,
+        "name": name or paradigm(head.config),
+        "weights_sha256": weights_sha256(head),
+        "parameters": sum(parameter.numel() for parameter in head.parameters()),
+        "steps": training.get("steps"),
+        "seed": training.get("seed"),
+        "config": {key: value for key, value in config.items() if key not in ("target", "speculators_config")},
     }
-    return {"conditions": conditions, "runs": runs}
 
 
-def _rounded(acceptance: Acceptance) -> dict:
-    fields = asdict(acceptance)
-    fields["conditional"] = [round(value, 3) for value in fields["conditional"]]
-    return {key: round(value, 3) if isinstance(value, float) else value for key, value in fields.items()}
+def paradigm(config: KVSpecDraftConfig) -> str:
+    """Short name of what a head is, such as ``hybrid/block, 3 layers``."""
+    fusion = "" if config.context == "hidden" or config.fusion == "direct" else f" {config.fusion}"
+    layers = f"{config.num_hidden_layers} layer" + "s" * (config.num_hidden_layers > 1)
+    drafting = {"autoregressive": "TTT"}.get(config.drafting, config.drafting)
+    return f"{config.context}{fusion}/{drafting}, {layers}" + ("" if config.transition_rank else ", no bias")
 
 
-def _print_run(run: dict) -> None:
-    mode = "" if run["temperature"] == 0 else ", coupled" if run["coupled"] else ", uncoupled"
-    print(f"T={run['temperature']}{mode}: {run['texts']} texts, repeated 8-grams {run['repeated_8gram_share']}")
-    for part in ("trees", "less_repetitive_half"):
-        taus = "  ".join(f"{name} {tree['tau']:.2f}" for name, tree in run[part].items())
-        print(f"  tau, {part.replace('_', ' ')}: {taus}")
-    print(f"  a_k of the chain: {' '.join(f'{a:.2f}' for a in run['trees']['chain']['conditional'])}", flush=True)
+def _run(temperature: float, mode: str, texts: list[Text], sha256: str, whole: dict, half: dict) -> dict:
+    return {
+        "temperature": temperature,
+        "mode": mode,
+        "texts": len(texts),
+        "texts_sha256": sha256,
+        "repeated_8gram_share": round(sum(map(repeated_share, texts)) / len(texts), DIGITS),
+        "trees": {name: _rounded(asdict(acceptance)) for name, acceptance in whole.items()},
+        "less_repetitive_half": {name: _short(acceptance) for name, acceptance in half.items()},
+    }
+
+
+def _short(acceptance: Acceptance) -> dict:
+    return _rounded({key: getattr(acceptance, key) for key in ("tau", "tau_se", "tau_all", "drafts", "conditional")})
+
+
+def _rounded(value):
+    """``value`` with every float in it rounded, None for NaN."""
+    if isinstance(value, dict):
+        return {key: _rounded(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_rounded(entry) for entry in value]
+    if isinstance(value, float):
+        return None if math.isnan(value) else round(value, DIGITS)
+    return value
+
+
+def title_of(run: dict) -> str:
+    """``T=1, coupled``."""
+    return f"T={run['temperature']:g}" + ("" if run["mode"] == "greedy" else f", {run['mode']}")
+
+
+def print_run(run: dict) -> None:
+    """Acceptance lengths by tree, and the chain by depth."""
+    share = f"{run['texts']} texts, {run['repeated_8gram_share']:.0%} of their tokens end a repeated 8-gram"
+    trees, chain = run["trees"], run["trees"]["chain"]
+    lengths = Table(title=f"{title_of(run)}: tokens per verification ({share})")
+    lengths.add_column("tree")
+    for column in ("tau", "+-", "less repetitive half", "all anchors"):
+        lengths.add_column(column, justify="right")
+    for name, tree in trees.items():
+        half = run["less_repetitive_half"][name]["tau"]
+        lengths.add_row(name, *(f"{value:.2f}" for value in (tree["tau"], tree["tau_se"], half, tree["tau_all"])))
+    depths = Table(title=f"{title_of(run)}: the chain by depth, retention {_with_error(chain, 'retention')}")
+    depths.add_column("depth")
+    rows = (
+        ("conditional", "a_k"),
+        ("conditional_se", "+-"),
+        ("survival", "survival"),
+        ("fresh", "fresh"),
+        ("gap", "fresh - a_k"),
+    )
+    for k in range(len(chain["conditional"])):
+        depths.add_column(str(k), justify="right")
+    for key, label in rows:
+        depths.add_row(label, *("" if value is None else f"{value:.2f}" for value in chain[key]))
+    for table in (lengths, depths):
+        Console().print(table)
+
+
+def _with_error(figures: dict, key: str) -> str:
+    if figures[key] is None:
+        return "unknown (nothing was right that far)"
+    return f"{figures[key]:.2f} +- {figures[key + '_se']:.2f}"
+
+
+def print_bottlenecks(found: dict) -> None:
+    """The figures of ``bottlenecks.bottlenecks``, one line each."""
+    table = Table(title=f"Bottlenecks, over {found['texts']} texts at T={found['temperature']:g}")
+    table.add_column("what")
+    table.add_column("value", justify="right")
+    error = found.get("attention_query_error", {})
+    labels = {
+        "by_depth": "attention, head against target, by depth",
+        "grouped": "the same, query heads of a KV head averaged",
+        "stale": "the anchor's own query kept at every depth",
+    }
+    for key, label in labels.items():
+        if error:
+            table.add_row(label, " ".join(f"{value:.2f}" for value in error[key]))
+    share = found["gradient_share"]
+    for part, label in (("", "all"), ("_of_layers", "the layers")):
+        table.add_row(
+            f"K/V projections' share of {label}: squared gradient (parameters)",
+            f"{share['gradient' + part]:.1%} ({share['parameters' + part]:.1%})",
+        )
+    if gate := found.get("gate"):
+        table.add_row("gate: mean (share below 0.05)", f"{gate['mean']:.3f} ({gate['closed']:.1%})")
+    Console().print(table)
+
+
+def plot(report: dict, directory: Path) -> list[Path]:
+    """``acceptance.png`` and ``tau.png`` of a report, in ``directory``."""
+    acceptance, tau, sizes = {}, {}, {}
+    for run in report["runs"]:
+        title, chain, trees = title_of(run), run["trees"]["chain"], run["trees"]
+        acceptance[title] = {
+            "free running": (chain["conditional"], chain["conditional_se"]),
+            "fresh draft": (chain["fresh"], None),
+        }
+        name = report["conditions"]["head"]["name"]
+        tau[title] = {name: ([tree["tau"] for tree in trees.values()], [tree["tau_se"] for tree in trees.values()])}
+        sizes[title] = list(trees)
+    return [
+        plot_acceptance(directory / "acceptance.png", acceptance),
+        plot_tau(directory / "tau.png", tau, sizes),
+    ]

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From survival per anchor to acceptance: conditional rates, free runs, the teacher-forced gap, standard errors.
+
+Every figure is a ratio of sums over the texts, so that the bootstrap over texts is two matrix products: resampled
+counts of the texts times numerators and denominators.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+RESAMPLES = 1000
+
+
+@dataclass
+class Acceptance:
+    """Acceptance of one kind of tree; lists have one value per depth k = 0 .. G - 1, ``*_se`` are bootstrap errors.
+
+    ``tau``: tokens per verification (accepted + 1) of a free run through the texts, the engine's own figure;
+    ``drafts``: how many verifications that is. Everything below is over ALL ``anchors`` instead, so that heads are
+    compared on the same ones: ``tau_all`` the same mean; ``conditional`` a_k, share accepted at depth k among those
+    accepted up to k - 1; ``survival``: share accepted at all depths up to k; ``retention``: a_{G-1} / a_0.
+    ``fresh``: among the anchors that were right up to depth k - 1, how often a new draft at ``base + k`` gets its first
+    token right; ``gap`` = fresh - a_k on exactly these anchors: what depth costs, all else equal.
+    ``conditional_free_run``: a_k over the free run. NaN where no anchor was right that far.
+    """
+
+    tau: float
+    tau_se: float
+    drafts: float
+    anchors: int
+    tau_all: float
+    tau_all_se: float
+    conditional: list[float]
+    conditional_se: list[float]
+    survival: list[float]
+    retention: float
+    retention_se: float
+    fresh: list[float]
+    gap: list[float]
+    gap_se: list[float]
+    conditional_free_run: list[float]
+
+
+def free_run_visits(survival: torch.Tensor) -> torch.Tensor:
+    """Probability [P] that a run from the first anchor drafts at each; ``survival`` [P, G], see ``acceptance``.
+
+    A draft that is accepted to depth k continues k + 1 positions ahead.
+    """
+    count, block = survival.shape
+    ones, zeros = survival.new_ones(count, 1), survival.new_zeros(count, 1)
+    exactly = torch.cat((ones, survival), dim=1) - torch.cat((survival, zeros), dim=1)
+    visits = survival.new_zeros(count + block + 1)
+    visits[:1] = 1
+    for position in range(count):
+        visits[position + 1 : position + block + 2] += visits[position] * exactly[position]
+    return visits[:count]
+
+
+def text_sums(survival: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Sums over one text's anchors, from ``survival`` [P, G]; the names are those ``_ratios`` divides."""
+    count, block = survival.shape
+    visits = free_run_visits(survival)
+    reached = torch.cat((survival.new_ones(count, 1), survival), dim=1)
+    # Depth k can be compared where base + k is an anchor too.
+    fresh = survival.new_zeros(3, block)
+    for k in range(min(block, count)):
+        inside = slice(0, count - k)
+        right = reached[inside, k]
+        fresh[:, k] = torch.stack((right.sum(), reached[inside, k + 1].sum(), (right * survival[k:, 0]).sum()))
+    return {
+        "drafts": visits.sum(),
+        "run": visits @ reached,
+        "anchors": survival.new_tensor(count),
+        "all": reached.sum(0),
+        "right": fresh[0],
+        "right_next": fresh[1],
+        "right_fresh": fresh[2],
+    }
+
+
+def _ratios(sums: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The figures from sums with any leading shape."""
+    conditional = _divide(sums["all"][..., 1:], sums["all"][..., :-1])
+    fresh = _divide(sums["right_fresh"], sums["right"])
+    return {
+        "tau": _divide(sums["run"].sum(-1), sums["drafts"]),
+        "tau_all": _divide(sums["all"].sum(-1), sums["anchors"]),
+        "conditional": conditional,
+        "survival": _divide(sums["all"][..., 1:], sums["anchors"].unsqueeze(-1)),
+        "retention": _divide(conditional[..., -1], conditional[..., 0]),
+        "fresh": fresh,
+        "gap": fresh - _divide(sums["right_next"], sums["right"]),
+        "conditional_free_run": _divide(sums["run"][..., 1:], sums["run"][..., :-1]),
+    }
+
+
+def _divide(numerator: torch.Tensor, denominator: torch.Tensor) -> torch.Tensor:
+    """Numerator over denominator, NaN where nothing was counted."""
+    return torch.where(denominator > 0, numerator / denominator.clamp(min=1e-30), torch.nan)
+
+
+def _spread(values: torch.Tensor) -> torch.Tensor:
+    """Standard deviation over the first dimension of what is not NaN."""
+    deviation = values - values.nanmean(dim=0)
+    return deviation.square().nanmean(dim=0).sqrt()
+
+
+def summarise(survival: list[torch.Tensor], seed: int = 0) -> Acceptance:
+    """Acceptance over texts; ``survival`` holds one [P, G] tensor of probabilities per text.
+
+    Standard errors: the standard deviation of each figure over ``RESAMPLES`` draws of the texts with replacement.
+    """
+    per_text = [text_sums(text.double()) for text in survival]
+    stacked = {name: torch.stack([sums[name] for sums in per_text]) for name in per_text[0]}
+    found = _ratios({name: sums.sum(0) for name, sums in stacked.items()})
+
+    generator = torch.Generator().manual_seed(seed)
+    draws = torch.randint(len(survival), (RESAMPLES, len(survival)), generator=generator)
+    counts = torch.zeros(draws.shape, dtype=torch.float64).scatter_add_(1, draws, torch.ones_like(draws).double())
+    resampled = _ratios({name: torch.tensordot(counts, sums, dims=1) for name, sums in stacked.items()})
+    errors = {f"{name}_se": _spread(values) for name, values in resampled.items()}
+    figures = {name: value.tolist() for name, value in {**found, **errors}.items()}
+    return Acceptance(
+        drafts=stacked["drafts"].sum().item(),
+        anchors=int(stacked["anchors"].sum()),
+        **{name: figures[name] for name in Acceptance.__dataclass_fields__ if name in figures},
+    )
