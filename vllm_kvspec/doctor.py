@@ -41,7 +41,14 @@ def check(name: str, do: str, look: Callable[[], str]) -> Finding:
         return Finding(name, True, look())
     # Whatever a broken installation raises is the finding.
     except Exception as error:
-        return Finding(name, False, f"{type(error).__name__}: {error}", do)
+        return Finding(name, False, _message(error), do)
+
+
+def _message(error: Exception) -> str:
+    """The sentence in an error; pydantic wraps those of our config in many lines."""
+    if isinstance(error, ValueError) and hasattr(error, "errors"):
+        return "; ".join(entry["msg"].removeprefix("Value error, ") for entry in error.errors())
+    return str(error) if isinstance(error, ValueError | RuntimeError | OSError) else repr(error)
 
 
 def findings(target_model: str | None = None, draft_model: str | None = None) -> Iterator[Finding]:
@@ -69,7 +76,7 @@ def findings(target_model: str | None = None, draft_model: str | None = None) ->
     if target_model and draft_model:
         use_fitting = "use the head that was trained for this target"
         yield check("head fits target", use_fitting, lambda: _fits(target_model, draft_model))
-        name, do = "vLLM accepts the pair", "see the sentence on the left; README, Limits"
+        name, do = "vLLM accepts the pair", "serve another pair; the README's limits list what is refused"
         yield (
             check(name, do, lambda: _accepted(target_model, draft_model))
             if has_vllm
@@ -199,13 +206,14 @@ def _accepted(target_model: str, draft_model: str) -> str:
 
 
 def doctor(target_model: str | None = None, draft_model: str | None = None) -> bool:
-    """Print the findings as a table; returns whether none failed."""
+    """Print the findings as a table and below it what to do; returns whether none failed."""
     found = list(findings(target_model, draft_model))
     failed = [finding for finding in found if finding.ok is False]
     table = Table("check", "", Column("found", overflow="fold"), title="vllm-kvspec doctor")
-    if failed:
-        table.add_column("do", overflow="fold")
     for finding in found:
-        table.add_row(finding.name, MARKS[finding.ok], escape(finding.found), *([escape(finding.do)] if failed else []))
-    Console().print(table)
+        table.add_row(finding.name, MARKS[finding.ok], escape(finding.found))
+    console = Console()
+    console.print(table)
+    for finding in failed:
+        console.print(f"[bold]{escape(finding.name)}[/bold]: {escape(finding.do)}", soft_wrap=True)
     return not failed

@@ -10,7 +10,7 @@ Two kinds of documents:
 A file (or topic) is held out when the CRC-32 of its path is 0 modulo 20, so the split does not depend on order, and a
 held-out file contributes neither sources nor chats to training.
 
-``python corpus.py DIR`` writes ``train.jsonl`` and ``held_out.jsonl``, the form that ``vllm-kvspec generate`` reads.
+``python corpus.py DIR`` writes ``train.jsonl`` and ``held_out.jsonl``, the form that ``vllm-kvspec prepare`` reads.
 """
 
 import ast

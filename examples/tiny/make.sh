@@ -13,9 +13,9 @@ python "$here/corpus.py" "$work"
 if [ ! -e "$out/target/model.safetensors" ]; then
   python "$here/train_target.py" --output_dir "$out/target" --max_steps 1300
 fi
-python -m vllm_kvspec.cli generate --target_model "$out/target" --data_path "$work/train.jsonl" \
-  --output "$work/rows.jsonl" --num_prompts 2304 --prompt_length 64 --max_new_tokens 160 --batch_size 192 \
-  --temperatures 0 1
+python -m vllm_kvspec.cli prepare --target_model "$out/target" --data_path "$work/train.jsonl" \
+  --output "$work/rows.jsonl" --num_prompts 2304 --prompt_length 64 --max_new_tokens 160 --max_length 512 \
+  --batch_size 192 --temperatures 0 1 --regenerate transformers
 train() {
   python -m vllm_kvspec.cli train --target_model "$out/target" --data_path "$work/rows.jsonl" \
     --anchors_per_sequence 32 --per_device_train_batch_size 8 --weight_decay 0.0 --adam_beta2 0.95 \
