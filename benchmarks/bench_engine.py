@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Time whole engine steps of vLLM with kvspec, without speculation, and with vLLM's own EAGLE-3 and DFlash.
+
+    python benchmarks/bench_engine.py                        # Qwen3-8B's geometry in bf16 on a GPU, random weights
+    python benchmarks/bench_engine.py --device cpu --small   # a tiny geometry in fp32; says nothing about speed
+
+Heads are untrained, so acceptance is forced: every method accepts depth by depth with the same rates. What differs is
+what a step costs and how many KV tokens fit. First, with real acceptance, kvspec's greedy tokens must equal those
+without speculation (in bf16: up to a near-tie of the first difference); otherwise nothing is reported.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import report
+import torch
+from dummy_models import TARGETS, write_models
+
+HERE = Path(__file__).parent
+METHODS = ("none", "kvspec-tree", "kvspec-chain", "eagle3", "dflash")
+# A difference in log-probability below this is a near-tie; two batch shapes round differently.
+NEAR_TIE = {"float32": 0.0, "bfloat16": 0.25, "float16": 0.05}
+METHOD = (
+    "(A real tree reaches a depth more often than a chain does.) verify: inputs, target forward and sampling; draft: "
+    "the head; rest: scheduling and what runs beside them. Before, with real acceptance, kvspec's greedy tokens were "
+    "those of plain decoding."
+)
+PARITY = {"requests": 4, "context": 48, "tokens": 32}
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--small", action="store_true", help="a tiny geometry, few steps; other flags still count")
+    parser.add_argument("--target", default="qwen3-8b", choices=TARGETS)
+    parser.add_argument("--dtype", default="bfloat16", choices=NEAR_TIE)
+    parser.add_argument("--concurrency", nargs="+", type=int, default=[1, 2, 4, 8, 16, 32, 64, 128])
+    parser.add_argument("--context", nargs="+", type=int, default=[1024, 8192, 32768])
+    parser.add_argument("--nodes", type=int, default=16, help="num_speculative_tokens of kvspec-tree")
+    parser.add_argument(
+        "--rates",
+        nargs="+",
+        type=float,
+        default=[0.8, 0.66, 0.54, 0.44, 0.36, 0.3, 0.24, 0.2],
+        help="unconditional acceptance by depth; as many as chains and blocks are long",
+    )
+    parser.add_argument("--head-layers", type=int, default=1, help="layers of kvspec's head")
+    parser.add_argument("--steps", type=int, default=50, help="decode steps to time per shape")
+    parser.add_argument("--timeout", type=float, default=1800, help="seconds per method")
+    parser.add_argument("--engine", type=json.loads, default={}, help="more arguments of vllm.LLM, as JSON")
+    parser.add_argument("--output", type=Path, help="without suffix; default benchmarks/results/engine-<device>")
+    if "--small" in (arguments or sys.argv):
+        parser.set_defaults(target="tiny", dtype="float32", concurrency=[2], context=[40], nodes=6, steps=10)
+        parser.set_defaults(rates=[0.9, 0.6, 0.3], methods=METHODS[:2])
+    return parser.parse_args(arguments)
+
+
+def speculative_config(method: str, arguments: argparse.Namespace, models: dict[str, str]) -> dict[str, Any] | None:
+    """vLLM's speculative config of a method, with real acceptance."""
+    if method == "none":
+        return None
+    if method == "kvspec-tree":
+        return {"method": "kvspec", "model": models["kvspec"], "num_speculative_tokens": arguments.nodes}
+    depth = len(arguments.rates)
+    if method == "kvspec-chain":
+        return {"method": "kvspec", "model": models["kvspec"], "num_speculative_tokens": depth, "tree": "chain"}
+    return {"method": method, "model": models[method], "num_speculative_tokens": depth}
+
+
+def engine_arguments(arguments: argparse.Namespace, models: dict[str, str], spec: dict | None) -> dict[str, Any]:
+    """Arguments of ``vllm.LLM``: the same for every method."""
+    rows = 1 + max(arguments.nodes, len(arguments.rates))
+    most_tokens = (arguments.steps + 16) * (1 + len(arguments.rates))
+    engine = {
+        "model": models["target"],
+        "load_format": "dummy",
+        "skip_tokenizer_init": True,
+        "dtype": arguments.dtype,
+        "max_model_len": max(max(arguments.context), PARITY["context"] + PARITY["tokens"]) + most_tokens + 64,
+        "max_num_seqs": max(*arguments.concurrency, PARITY["requests"]),
+        # Every request's tree must fit into one step.
+        "max_num_batched_tokens": max(8192, max(arguments.concurrency) * rows),
+        "enable_prefix_caching": False,
+        "disable_log_stats": True,
+        "speculative_config": spec,
+    }
+    if arguments.device == "cpu":
+        engine |= {"enforce_eager": True, "kv_cache_memory_bytes": 64 << 20, "block_size": 32 if spec is None else 16}
+    return engine | arguments.engine
+
+
+def run(job: dict[str, Any], directory: Path, arguments: argparse.Namespace) -> tuple[list[dict], str | None]:
+    """Rows of one worker process, and how it failed."""
+    (directory / "job.json").write_text(json.dumps(job))
+    out = directory / "out.jsonl"
+    out.unlink(missing_ok=True)
+    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
+    environment |= {"HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING")}
+    if arguments.device == "cpu":
+        environment |= {"TRITON_INTERPRET": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+    problem = None
+    with (directory / "log").open("w+") as log:
+        command = [sys.executable, str(HERE / "engine_worker.py"), str(directory / "job.json"), str(out)]
+        try:
+            done = subprocess.run(command, env=environment, stdout=log, stderr=log, timeout=arguments.timeout)
+            if done.returncode:
+                log.seek(0)
+                lines = [line for line in log.read().splitlines() if line.strip()]
+                print("\n".join(lines[-30:]), file=sys.stderr)
+                problem = f"exit status {done.returncode}: {lines[-1] if lines else ''}"
+        except subprocess.TimeoutExpired:
+            problem = f"stopped after {arguments.timeout:.0f} s"
+    rows = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
+    return rows, problem
+
+
+def parity_problem(found: list[dict], expected: list[dict], near_tie: float) -> str | None:
+    """How kvspec's greedy tokens differ from plain decoding's, or None when they do not (near-ties aside)."""
+    for number, (have, want) in enumerate(zip(found, expected, strict=True)):
+        if have["token_ids"] == want["token_ids"]:
+            continue
+        pairs = zip(have["token_ids"], want["token_ids"], strict=True)
+        step, (token, wanted) = next((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
+        logprobs = want["logprobs"][step]
+        gap = logprobs[str(wanted)] - logprobs.get(str(token), float("-inf"))
+        if not gap <= near_tie or near_tie == 0.0:
+            return (
+                f"request {number} differs first at token {step}: {token} instead of {wanted}, which is more likely by "
+                f"{gap:.3f} in log-probability (near-ties: up to {near_tie})"
+            )
+    return None
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parse_arguments(argv)
+    rates, device = arguments.rates, torch.device(arguments.device)
+    rows: list[dict[str, Any]] = []
+    notes = [f"Forced acceptance by depth: {rates}, so tau {1 + sum(rates):.2f} is asked of every method. {METHOD}"]
+    if device.type == "cpu":
+        notes.append("**CPU with torch twins of the kernels: no statement about speed.**")
+    with tempfile.TemporaryDirectory() as scratch:
+        directory = Path(scratch)
+        (directory / "models").mkdir()
+        models = write_models(
+            directory / "models", arguments.target, arguments.dtype, len(rates), arguments.head_layers
+        )
+        shapes = [[batch, context] for context in arguments.context for batch in arguments.concurrency]
+
+        def job(method: str, forced: bool, **keys) -> dict[str, Any]:
+            spec = speculative_config(method, arguments, models)
+            if forced and spec:
+                padded = rates + [0.0] * (spec["num_speculative_tokens"] - len(rates))
+                spec |= {"rejection_sample_method": "synthetic", "synthetic_acceptance_rates": padded}
+            return {
+                "engine": engine_arguments(arguments, models, spec),
+                "worker_cls": "engine_worker_cpu.PlainCPUWorker" if device.type == "cpu" and method == "none" else None,
+                "vocab_size": TARGETS[arguments.target]["vocab_size"],
+                "steps": arguments.steps,
+                "tokens_per_step": 1 + (len(rates) if spec else 0),
+                **keys,
+            }
+
+        kvspec_methods = [method for method in arguments.methods if method.startswith("kvspec")]
+        plain, problem = run(job("none", False, parity=PARITY, shapes=shapes), directory, arguments)
+        if not plain:
+            return refuse("none", problem)
+        expected = plain.pop(0)["parity"]
+        for method in kvspec_methods:
+            found, wrong = run(job(method, False, parity=PARITY, shapes=[]), directory, arguments)
+            wrong = wrong or parity_problem(found[0]["parity"], expected, NEAR_TIE[arguments.dtype])
+            if wrong:
+                return refuse(method, wrong)
+            print(f"parity: {method} ok", flush=True)
+        rows += results("none", plain, problem)
+        for method in arguments.methods:
+            if method != "none":
+                rows += results(method, *run(job(method, True, parity=None, shapes=shapes), directory, arguments))
+    add_speedup(rows)
+    found = report.conditions(device, target=f"{arguments.target}, random weights", dtype=arguments.dtype)
+    found |= {"nodes": arguments.nodes, "head_layers": arguments.head_layers, "engine": arguments.engine or None}
+    output = arguments.output or report.RESULTS / f"engine-{found['device'].replace(' ', '-')}"
+    report.write(output, "Engine steps", found, rows, notes)
+    print(f"wrote {output}.json and {output}.md")
+    return 0
+
+
+def refuse(method: str, problem: str | None) -> int:
+    print(f"error: {method} must decode as plain vLLM does before it is timed: {problem}", file=sys.stderr)
+    return 1
+
+
+def results(method: str, found: list[dict], problem: str | None) -> list[dict[str, Any]]:
+    """The rows of a method, printed as well; how it failed comes last."""
+    rows = [{"method": method, **row} for row in (*found, *([{"not run": problem}] if problem else []))]
+    for row in rows:
+        print(json.dumps(row), flush=True)
+    return rows
+
+
+def add_speedup(rows: list[dict[str, Any]]) -> None:
+    """Tokens per second relative to no speculation at the same shape of the same run."""
+    plain = {(row.get("batch"), row.get("context")): row.get("tokens/s") for row in rows if row["method"] == "none"}
+    for row in rows:
+        base = plain.get((row.get("batch"), row.get("context")))
+        if base and "tokens/s" in row:
+            row["speed-up"] = row["tokens/s"] / base
+
+
+if __name__ == "__main__":
+    sys.exit(main())
