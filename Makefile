@@ -11,10 +11,11 @@ VLLM := 0.32.0
 # Without a GPU every Triton kernel runs in Triton's interpreter.
 ifeq ($(GPU),)
 export TRITON_INTERPRET ?= 1
+BENCH_ARGS ?= --device cpu --small
 endif
 export VLLM_NO_USAGE_STATS ?= 1
 
-.PHONY: demo test lint tiny install clean
+.PHONY: demo test lint tiny bench-kernels bench-engine install clean
 
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py
@@ -29,6 +30,12 @@ lint: $(STAMP)
 
 tiny: $(STAMP)
 	PATH="$(abspath $(BIN)):$$PATH" bash examples/tiny/make.sh
+
+bench-kernels: $(STAMP)
+	$(BIN)/python benchmarks/bench_kernels.py $(BENCH_ARGS)
+
+bench-engine: $(STAMP)
+	$(BIN)/python benchmarks/bench_engine.py $(BENCH_ARGS)
 
 install: $(STAMP)
 

@@ -23,7 +23,7 @@ import torch
 from dummy_models import TARGETS, write_models
 
 HERE = Path(__file__).parent
-METHODS = ("none", "kvspec-tree", "kvspec-chain", "eagle3", "dflash")
+METHODS = ("none", "kvspec-tree", "kvspec-chain", "kvspec-auto", "eagle3", "dflash")
 # A difference in log-probability below this is a near-tie; two batch shapes round differently.
 NEAR_TIE = {"float32": 0.0, "bfloat16": 0.25, "float16": 0.05}
 METHOD = (
@@ -66,11 +66,13 @@ def speculative_config(method: str, arguments: argparse.Namespace, models: dict[
     """vLLM's speculative config of a method, with real acceptance."""
     if method == "none":
         return None
-    if method == "kvspec-tree":
-        return {"method": "kvspec", "model": models["kvspec"], "num_speculative_tokens": arguments.nodes}
     depth = len(arguments.rates)
-    if method == "kvspec-chain":
-        return {"method": "kvspec", "model": models["kvspec"], "num_speculative_tokens": depth, "tree": "chain"}
+    if method.startswith("kvspec"):
+        shape = {"num_speculative_tokens": arguments.nodes}
+        if method == "kvspec-chain":
+            shape = {"num_speculative_tokens": depth, "tree": "chain"}
+        budget = "auto" if method == "kvspec-auto" else "fixed"
+        return {"method": "kvspec", "model": models["kvspec"], "budget": budget, **shape}
     return {"method": method, "model": models[method], "num_speculative_tokens": depth}
 
 

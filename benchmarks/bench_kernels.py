@@ -21,18 +21,18 @@ from pathlib import Path
 
 import torch
 
-# Largest difference allowed, relative to the largest value of the twin's output.
-TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2}
 # A case may fill this much of the free memory; the twin needs the rest.
 MEMORY_SHARE = 0.6
 ATTENTION = ("tree_attention", "paged_draft_attention")
-SMALL_KERNELS = ("tree_inputs", "tree_walk", "tree_build")
+SMALL_KERNELS = ("tree_inputs", "tree_walk", "tree_build", "draft_inputs")
+WHOLE_VOCABULARY = ("tree_candidates", "gumbel_noise")
 METHOD = (
-    "ms: median of a call over all of the row's layers, L2 emptied before each (tree_inputs, tree_walk and tree_build: "
-    "inside a CUDA graph, not emptied). Bytes are those that must move: the KV of context and rows, queries, outputs. "
-    "Every row agreed with its torch twin first: relative error is the largest difference over its largest value."
+    "ms: median of a call over all of the row's layers, L2 emptied before each (tree_inputs, tree_walk, tree_build and "
+    "draft_inputs: inside a CUDA graph, not emptied). Bytes are those that must move: the KV of context and rows, "
+    "queries, outputs; logits and transition_out once per level. Every row agreed with its torch twin first: relative "
+    "error is the largest difference over its largest value."
 )
-KERNELS = (*ATTENTION, "kv_compact", *SMALL_KERNELS, "gumbel_noise")
+KERNELS = (*ATTENTION, "kv_compact", *SMALL_KERNELS, *WHOLE_VOCABULARY)
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -49,11 +49,13 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--num-layers", type=int, default=36, help="layers that kv_compact moves")
     parser.add_argument("--vocab-size", type=int, default=151936)
+    parser.add_argument("--hidden-size", type=int, default=4096)
+    parser.add_argument("--transition-rank", type=int, default=256)
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
     parser.add_argument("--output", type=Path, help="without suffix; default benchmarks/results/kernels-<device>")
     if "--small" in (argv or sys.argv):
         parser.set_defaults(batch=[1, 2], context=[40], rows=[1, 5], layers=[1, 2], num_layers=3, vocab_size=300)
-        parser.set_defaults(num_heads=4, num_kv_heads=2, head_dim=16)
+        parser.set_defaults(num_heads=4, num_kv_heads=2, head_dim=16, hidden_size=64, transition_rank=24)
     arguments = parser.parse_args(argv)
     if arguments.device == "cpu":
         # Stock Triton computes bfloat16 wrongly in its interpreter.
@@ -64,24 +66,24 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def cases(arguments: argparse.Namespace, device: torch.device) -> Iterator[tuple[str, int, Callable]]:
     """(what it is, bytes of its largest inputs, function that makes it) for every shape asked for."""
     import kernel_cases
+    import tree_cases
 
+    fields = ("num_heads", "num_kv_heads", "head_dim", "num_layers", "vocab_size", "hidden_size", "transition_rank")
     geometry = kernel_cases.Geometry(
-        arguments.num_heads,
-        arguments.num_kv_heads,
-        arguments.head_dim,
-        arguments.num_layers,
-        arguments.vocab_size,
-        dtype=getattr(torch, arguments.dtype),
+        **{name: getattr(arguments, name) for name in fields}, dtype=getattr(torch, arguments.dtype)
     )
     token = geometry.kv_bytes_per_token
     for kernel in arguments.kernels:
-        make = partial(getattr(kernel_cases, f"{kernel}_case"), geometry)
+        module = kernel_cases if hasattr(kernel_cases, f"{kernel}_case") else tree_cases
+        make = partial(getattr(module, f"{kernel}_case"), geometry)
         for shape in shapes(kernel, arguments):
             batch, keys = shape["batch"], shape.get("context", 64) + shape.get("rows", 0)
             needed = {
                 # Cache, pristine copy and the twin's.
                 "kv_compact": 3 * arguments.num_layers * batch * keys * token,
                 "gumbel_noise": 8 * batch * geometry.draft_block_size * geometry.vocab_size,
+                # The twin's scores of every parent, three times.
+                "tree_candidates": 100 * batch * geometry.vocab_size,
             }.get(kernel, shape.get("layers", 0) * batch * keys * token)
             yield f"{kernel} {shape}", needed, partial(make, **shape, device=device)
 
@@ -91,26 +93,12 @@ def shapes(kernel: str, arguments: argparse.Namespace) -> Iterator[dict[str, int
     grid = {"batch": arguments.batch}
     if kernel in ATTENTION:
         grid |= {"context": arguments.context, "rows": arguments.rows, "layers": arguments.layers}
-    elif kernel != "gumbel_noise":
+    elif kernel not in WHOLE_VOCABULARY:
         grid["rows"] = [rows for rows in arguments.rows if rows > 1]
     if kernel == "kv_compact":
         grid["layers"] = [arguments.num_layers]
     for values in product(*grid.values()):
         yield dict(zip(grid, values, strict=True))
-
-
-def difference(found: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor, ...]) -> tuple[float, bool]:
-    """(largest difference relative to the twin's largest value, whether it is allowed); integers must be equal."""
-    worst, allowed = 0.0, len(found) == len(expected)
-    for a, b in zip(found, expected, strict=False):
-        if not b.is_floating_point():
-            allowed &= torch.equal(a, b)
-            continue
-        error = ((a.double() - b.double()).abs().max() / b.double().abs().max().clamp(min=1e-30)).item()
-        worst = max(worst, error)
-        # A NaN compares false.
-        allowed &= error <= TOLERANCE[b.dtype]
-    return worst, allowed
 
 
 def milliseconds(run: Callable, device: torch.device, graph: bool = False) -> float:
@@ -141,11 +129,8 @@ def copy_bandwidth(device: torch.device) -> float | None:
 
 def measure(case, device: torch.device, bandwidth: float | None) -> dict:
     """Parity, then time, of one case and the foreign kernels of its shape. Raises ValueError when parity fails."""
-    for name, run, twin in (
-        (case.kernel, case.run, case.twin),
-        *((name, *pair) for name, pair in case.others.items()),
-    ):
-        error, allowed = difference(run(), twin())
+    for name, (run, twin) in {case.kernel: (case.run, case.twin), **case.others}.items():
+        error, allowed = case.compare(run(), twin())
         if not allowed:
             raise ValueError(
                 f"{name} must agree with its torch twin before it is timed, but differs at {case.shape} (largest "

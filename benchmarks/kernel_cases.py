@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One case per kernel and shape: its inputs, its launch, its torch twin, and the bytes that any implementation moves.
+"""Cases of the kernels that read or move KV: inputs, launch, torch twin, and the bytes that any implementation moves.
 
 Needs torch and triton; vLLM's own attention kernels are added where they can be imported. Attention inputs are those of
 serving: shuffled blocks of 16, K and V of a head side by side, every request with the same context.
@@ -11,20 +11,30 @@ from dataclasses import dataclass, field
 import torch
 
 from vllm_kvspec.kernels import reference
-from vllm_kvspec.kernels.gumbel_noise import gumbel_noise
 from vllm_kvspec.kernels.kv_compact import kv_compact
 from vllm_kvspec.kernels.paged_draft_attention import paged_draft_attention
 from vllm_kvspec.kernels.tree_attention import tree_attention
-from vllm_kvspec.kernels.tree_build import tree_build
-from vllm_kvspec.kernels.tree_inputs import tree_inputs
-from vllm_kvspec.kernels.tree_walk import tree_walk
-from vllm_kvspec.tree import ancestor_masks, depths, num_candidates
+from vllm_kvspec.tree import ancestor_masks, depths
 
 BLOCK_SIZE = 16
-# As the engine expands a tree by default.
-BEAM, WIDTH = 8, 4
 
 Outputs = tuple[torch.Tensor, ...]
+# Largest difference allowed, relative to the largest value of the twin's output.
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2}
+
+
+def difference(found: Outputs, expected: Outputs) -> tuple[float, bool]:
+    """(largest difference relative to the twin's largest value, whether it is allowed); integers must be equal."""
+    worst, allowed = 0.0, len(found) == len(expected)
+    for a, b in zip(found, expected, strict=False):
+        if not b.is_floating_point():
+            allowed &= torch.equal(a, b)
+            continue
+        error = ((a.double() - b.double()).abs().max() / b.double().abs().max().clamp(min=1e-30)).item()
+        worst = max(worst, error)
+        # A NaN compares false.
+        allowed &= error <= TOLERANCE[b.dtype]
+    return worst, allowed
 
 
 @dataclass(frozen=True)
@@ -37,6 +47,8 @@ class Geometry:
     num_layers: int = 36
     vocab_size: int = 151936
     draft_block_size: int = 8
+    hidden_size: int = 4096
+    transition_rank: int = 256
     dtype: torch.dtype = torch.bfloat16
 
     @property
@@ -58,6 +70,7 @@ class Case:
     twin: Callable[[], Outputs]
     bytes_moved: int | None = None
     others: dict[str, tuple[Callable[[], Outputs], Callable[[], Outputs]]] = field(default_factory=dict)
+    compare: Callable[[Outputs, Outputs], tuple[float, bool]] = difference
 
 
 def random_parents(num_nodes: int, generator: torch.Generator) -> list[int]:
@@ -245,78 +258,3 @@ def kv_compact_case(g: Geometry, batch: int, rows: int, layers: int, device: tor
     shape = dict(batch=batch, rows=rows, layers=layers)
     # Read and written.
     return Case("kv_compact", shape, run, twin, 2 * moved * layers * g.kv_bytes_per_token)
-
-
-def tree_inputs_case(g: Geometry, batch: int, rows: int, device: torch.device) -> Case:
-    _, depth, mask = random_trees(batch, rows, device)
-    num_rows = batch * rows
-    starts = torch.arange(0, num_rows + 1, rows, dtype=torch.int32, device=device)
-    flat = 1000 + torch.arange(rows, device=device).repeat(batch)
-    indices, requests = torch.arange(num_rows, device=device), torch.arange(batch, device=device)
-
-    def with_outputs(kernel):
-        positions, batch_mask = flat.clone(), torch.zeros_like(mask)
-        batch_len = torch.zeros(batch, dtype=torch.int32, device=device)
-        local_pos = torch.zeros(num_rows, dtype=torch.int32, device=device)
-
-        def run():
-            # A second call changes nothing: the root keeps its position.
-            kernel(
-                positions, indices, starts, requests, depth, mask,
-                batch_mask=batch_mask, batch_len=batch_len, local_pos=local_pos,
-            )  # fmt: skip
-            return positions, batch_mask, batch_len, local_pos
-
-        return run
-
-    shape = dict(batch=batch, rows=rows)
-    return Case("tree_inputs", shape, with_outputs(tree_inputs), with_outputs(reference.tree_inputs))
-
-
-def tree_walk_case(g: Geometry, batch: int, rows: int, device: torch.device) -> Case:
-    """Samples of two kinds of tokens: about half of the children match."""
-    parent, _, _ = random_trees(batch, rows, device)
-    sampled, draft = (torch.randint(2, (batch * rows,), device=device) for _ in range(2))
-    starts = torch.arange(0, batch * rows + 1, rows, dtype=torch.int32, device=device)
-    inputs = (sampled, draft, parent, starts, torch.arange(batch, device=device))
-    return Case(
-        "tree_walk",
-        dict(batch=batch, rows=rows),
-        lambda: tree_walk(*inputs),
-        lambda: reference.tree_walk(*inputs),
-    )
-
-
-def tree_build_case(g: Geometry, batch: int, rows: int, device: torch.device) -> Case:
-    """The candidates of a default expansion, with random scores that fall from parent to child."""
-    total = max(num_candidates(g.draft_block_size, BEAM, WIDTH), rows - 1)
-    generator = torch.Generator().manual_seed(0)
-    parent = torch.tensor([-1, *random_parents(total - 1, generator)]).clamp(max=total - 2)
-    drop = torch.rand(batch, total, generator=generator)
-    score = torch.zeros(batch, total)
-    for i in range(total):
-        score[:, i] = (score[:, parent[i]] if parent[i] >= 0 else 0.0) - drop[:, i]
-    token = torch.randint(g.vocab_size, (batch, total), generator=generator)
-    inputs = [t.to(device) for t in (score, token, parent.int().repeat(batch, 1))]
-    shape = dict(batch=batch, rows=rows, candidates=total)
-    return Case(
-        "tree_build",
-        shape,
-        lambda: tree_build(*inputs, rows - 1),
-        lambda: reference.tree_build(*inputs, rows - 1),
-    )
-
-
-def gumbel_noise_case(g: Geometry, batch: int, device: torch.device) -> Case:
-    rows = g.draft_block_size
-    seeds = torch.arange(1, batch + 1, device=device) * 7919
-    temperature = torch.ones(batch, device=device)
-    positions = 1000 + torch.arange(rows, device=device).repeat(batch, 1)
-    inputs = (seeds, temperature, positions, torch.arange(batch, device=device), g.vocab_size)
-    return Case(
-        "gumbel_noise",
-        dict(batch=batch, rows=rows),
-        lambda: (gumbel_noise(*inputs),),
-        lambda: (reference.gumbel_noise(*inputs),),
-        batch * rows * g.vocab_size * 4,
-    )
