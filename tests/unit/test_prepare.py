@@ -285,7 +285,7 @@ def test_rows_and_record(prepare, target):
     assert record["target"]["tokenizer_sha256"] == tokenizer_sha256(AutoTokenizer.from_pretrained(target))
 
 
-@pytest.mark.parametrize("left_behind", [b"", b'{"input_ids": [2, 5', b'{"input_ids": [2], "loss_mask": [1]}\n'])
+@pytest.mark.parametrize("left_behind", [b"", b'{"input_ids": [2, 5', 99 * b'{"input_ids": [2], "loss_mask": [1]}\n'])
 def test_an_interrupted_run_goes_on(prepare, tmp_path, left_behind):
     whole = prepare("whole.jsonl").read_bytes()
     path = tmp_path / "rows.jsonl"

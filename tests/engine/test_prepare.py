@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``vllm-kvspec prepare`` with the real engine: rows are the target's own text, and an interruption leaves no trace."""
+
+import json
+
+import pytest
+import torch
+from engine_runner import TARGET
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from vllm_kvspec import prepare as prepare_module
+from vllm_kvspec.cli import main
+from vllm_kvspec.train.data import load_rows
+
+ENGINE = {"dtype": "float32", "enforce_eager": True, "max_num_seqs": 4, "kv_cache_memory_bytes": 32 << 20}
+TEXTS = [
+    {"text": "import os\nimport sys\n\n\ndef main(argv):\n    for name in argv:\n        print(name)\n"},
+    {"messages": [{"role": "user", "content": "What does copy.copy(x) do?"}]},
+    {
+        "conversations": [
+            {"from": "human", "value": "What does glob.glob(path) do?"},
+            {"from": "gpt", "value": "It lists files."},
+            {"from": "human", "value": "And iglob?"},
+        ]
+    },
+]
+
+
+@pytest.fixture
+def prepare(tmp_path, monkeypatch):
+    """The command; ``interrupt_after``: batches before it is interrupted. Engines are shut down at the end."""
+    from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    engines = []
+
+    class RecordedLLM(LLM):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            engines.append(self)
+
+    def shut_down():
+        while engines:
+            engines.pop().llm_engine.engine_core.shutdown()
+            cleanup_dist_env_and_memory()
+
+    monkeypatch.setattr("vllm.LLM", RecordedLLM)
+    make_writer = prepare_module.engine_writer
+    data = tmp_path / "texts.jsonl"
+    data.write_text("".join(json.dumps(text) + "\n" for text in TEXTS))
+
+    def run(name: str, interrupt_after: int | None = None):
+        def interrupted_writer(*args):
+            write, batches = make_writer(*args), []
+
+            def interrupted(requests):
+                batches.append(requests)
+                if len(batches) == interrupt_after:
+                    raise KeyboardInterrupt
+                return write(requests)
+
+            return interrupted
+
+        monkeypatch.setattr(prepare_module, "engine_writer", interrupted_writer)
+        output = tmp_path / name
+        arguments = f"--target_model {TARGET} --data_path {data} --output {output} --prompt_length 12 --batch_size 1"
+        try:
+            main(
+                ["prepare", *arguments.split(), "--max_new_tokens", "12", "--max_length", "256"]
+                + ["--temperatures", "0", "1", "--engine_args", json.dumps(ENGINE)]
+            )
+        finally:
+            shut_down()
+        return output
+
+    return run
+
+
+def test_rows_are_the_targets_own_and_survive_an_interruption(prepare):
+    whole = prepare("whole.jsonl")
+    with pytest.raises(SystemExit):
+        prepare("rows.jsonl", interrupt_after=3)
+    rows_file = prepare("rows.jsonl")
+    assert rows_file.read_bytes() == whole.read_bytes()
+
+    tokenizer = AutoTokenizer.from_pretrained(TARGET)
+    target = AutoModelForCausalLM.from_pretrained(TARGET, dtype=torch.float32).eval()
+    rows = [json.loads(line) for line in whole.read_text().splitlines()]
+    assert [row["temperature"] for row in rows][:2] == [0.0, 1.0] and len(rows) >= 3
+    assert tokenizer.decode(rows[0]["input_ids"]).startswith(("import", "\n", "def", "    "))
+    asked = tokenizer.apply_chat_template(TEXTS[1]["messages"], add_generation_prompt=True, return_dict=False)
+    assert rows[1]["input_ids"][: len(asked)] == asked
+    for row in rows:
+        own = [i for i, mask in enumerate(row["loss_mask"]) if mask]
+        assert 0 < len(own) <= 24
+        if row["temperature"] == 0:
+            with torch.no_grad():
+                said = target(torch.tensor([row["input_ids"]])).logits[0].argmax(-1).tolist()
+            assert [row["input_ids"][i] for i in own] == [said[i - 1] for i in own]
+    assert len(load_rows([str(whole)], 4)) > 0
