@@ -74,7 +74,7 @@ def test_a_half_written_checkpoint_is_skipped_with_a_warning(finished_head, run_
     run_train(stopped)
     skipped = [r.getMessage() for r in caplog.records if "is not complete" in r.getMessage()]
     assert len(skipped) == 2 and "checkpoint-6 is not complete (trainer_state.json)" in skipped[0]
-    assert any("going on from" in r.getMessage() and "checkpoint-2" in r.getMessage() for r in caplog.records)
+    assert any("Going on from" in r.getMessage() and "checkpoint-2" in r.getMessage() for r in caplog.records)
     assert_same_run(stopped, finished_head)
 
 

@@ -10,6 +10,7 @@ from transformers import AutoConfig
 
 from vllm_kvspec.cli import main
 from vllm_kvspec.models.draft_head import KVSpecDraftModel, head_config_for
+from vllm_kvspec.train.arguments import RunArguments
 from vllm_kvspec.train.data import load_rows
 from vllm_kvspec.train.run import count_parameters, fit_intermediate_size
 from vllm_kvspec.train.trainer import KVSpecTrainer
@@ -36,8 +37,11 @@ def test_a_finished_head_is_not_overwritten(finished_head, run_train):
     with pytest.raises(ValueError, match=r"made with transition_rank 4 \(now 5\); name another"):
         run_train(finished_head, "--transition_rank 5")
     assert {path.name: path.stat().st_mtime_ns for path in finished_head.iterdir()} == before
+    checkpoints = finished_head.with_name("head.checkpoints")
+    (checkpoints / "notes.txt").write_text("mine")
     assert run_train(finished_head, "--transition_rank 5 --max_steps 1 --overwrite_output_dir")["steps"] == 1
     assert sorted(path.name for path in finished_head.parent.iterdir()) == ["head", "head.checkpoints"]
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["checkpoint-1", "notes.txt", "settings.json"]
 
 
 def test_another_directory_is_never_overwritten(run_train, tmp_path):
@@ -76,6 +80,12 @@ def test_what_cannot_be_is_refused_before_anything_is_written(run_train, tmp_pat
     with pytest.raises(ValueError, match=sentence):
         run_train(tmp_path / "head", flags)
     assert not any(tmp_path.iterdir())
+
+
+def test_several_gpus_in_one_process_are_refused(run_train, tmp_path, monkeypatch):
+    monkeypatch.setattr(RunArguments, "n_gpu", 2)
+    with pytest.raises(ValueError, match="torchrun --standalone --nproc_per_node 2"):
+        run_train(tmp_path / "head")
 
 
 def test_rows_of_a_larger_vocabulary_are_refused(run_train, tmp_path):

@@ -95,11 +95,12 @@ def missing_parts(checkpoint: Path, world_size: int) -> list[str]:
     return [name for name, check in whole.items() if not check(checkpoint / name)]
 
 
-def write_settings(directory: Path, settings: dict) -> None:
-    """Record the settings of the run whose checkpoints ``directory`` will hold; those of other settings go."""
-    if directory.is_dir() and _read_json(directory / SETTINGS_NAME) != settings:
-        shutil.rmtree(directory)
+def start_run(directory: Path, settings: dict) -> None:
+    """Record the settings of the run whose checkpoints ``directory`` will hold, and delete checkpoints of others."""
     directory.mkdir(parents=True, exist_ok=True)
+    if _read_json(directory / SETTINGS_NAME) != settings:
+        for checkpoint in sort_checkpoints(str(directory)):
+            shutil.rmtree(checkpoint)
     partial = directory / f"{SETTINGS_NAME}.partial"
     partial.write_text(json.dumps(settings, indent=2) + "\n")
     partial.replace(directory / SETTINGS_NAME)

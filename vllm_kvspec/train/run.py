@@ -25,8 +25,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from vllm_kvspec.config import KVSpecDraftConfig, check_fingerprint, target_fingerprint, tokenizer_sha256
 from vllm_kvspec.models.draft_head import KVSpecDraftModel, head_config_for
-from vllm_kvspec.train.arguments import DataArguments, HeadArguments, parse, settings
-from vllm_kvspec.train.checkpoints import RECORD_NAME, find_checkpoint, is_finished, write_settings
+from vllm_kvspec.train.arguments import DataArguments, HeadArguments, RunArguments, parse, settings
+from vllm_kvspec.train.checkpoints import RECORD_NAME, find_checkpoint, is_finished, start_run
 from vllm_kvspec.train.data import collate, load_rows
 from vllm_kvspec.train.record import RunCallback, loss_history, memory, versions, write_head
 from vllm_kvspec.train.trainer import KVSpecTrainer, init_from_target
@@ -105,7 +105,21 @@ def train(argv: Sequence[str], **parser_options) -> Path:
         say("%s holds the head that these settings make; nothing to do.", output)
         return output
     resume_from = find_checkpoint(checkpoints, chosen, resume=not data.no_resume, overwrite=data.overwrite_output_dir)
+    head, target, rows, counts = _load(head_args, data, args)
+    record = _record_start(argv, chosen, data, head, rows, counts)
+    if data.dry_run:
+        record |= {"dry_run": True}
+    else:
+        say("Training a head of %d parameters on %d rows.", record["parameters"], len(rows))
+        record |= _run_trainer(head, target, rows, data, args, chosen, resume_from)
+    if args.should_save:
+        write_head(head, output, record | {"memory": memory(head, target)})
+    say("Wrote %s%s.", output, ", untrained" if data.dry_run else "")
+    return output
 
+
+def _load(head_args: HeadArguments, data: DataArguments, args: RunArguments):
+    """Head, target, rows and their token counts, checked against each other."""
     target_config = AutoConfig.from_pretrained(head_args.target_model).get_text_config()
     tokenizer = AutoTokenizer.from_pretrained(head_args.target_model)
     config = head_config(head_args, data.from_pretrained, target_config, tokenizer)
@@ -119,14 +133,19 @@ def train(argv: Sequence[str], **parser_options) -> Path:
     counts = token_counts(rows, config.vocab_size)
     target, _ = load_target(head_args.target_model, torch.bfloat16 if args.bf16 else torch.float32, args.device)
     torch.manual_seed(args.seed)
-    head = make_head(config, data.from_pretrained, target, counts)
-    record = _record_start(argv, chosen, data, head, rows, counts)
-    if data.dry_run:
-        if args.should_save:
-            write_head(head, output, record | {"dry_run": True, "memory": memory(head, target)})
-        say("Dry run: wrote an untrained head to %s.", output)
-        return output
+    return make_head(config, data.from_pretrained, target, counts), target, rows, counts
 
+
+def _run_trainer(
+    head: KVSpecDraftModel,
+    target: PreTrainedModel,
+    rows: Dataset,
+    data: DataArguments,
+    args: RunArguments,
+    chosen: dict,
+    resume_from: Path | None,
+) -> dict:
+    """Train ``head``; what ``training.json`` says about it."""
     trainer = KVSpecTrainer(
         model=head,
         args=args,
@@ -137,30 +156,18 @@ def train(argv: Sequence[str], **parser_options) -> Path:
         settings=data.loss_settings(),
     )
     if args.should_save:
-        write_settings(checkpoints, chosen)
-    say(
-        "Training a head of %d parameters on %d rows%s.",
-        record["parameters"],
-        len(rows),
-        f", going on from {resume_from}" if resume_from else "",
-    )
+        start_run(Path(args.output_dir), chosen)
+        if resume_from:
+            logger.info("Going on from %s.", resume_from)
     result = trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
-    if args.should_save:
-        history = trainer.state.log_history
-        write_head(
-            head,
-            output,
-            record
-            | {
-                "steps": result.global_step,
-                "seconds": history[-1]["elapsed"],
-                "memory": memory(head, target),
-                "loss_history": loss_history(history),
-            },
-        )
+    # A rank that left would take the others' connections with it.
     trainer.accelerator.wait_for_everyone()
-    say("Wrote %s.", output)
-    return output
+    history = trainer.state.log_history
+    return {
+        "steps": result.global_step,
+        "seconds": history[-1]["elapsed"],
+        "loss_history": loss_history(history),
+    }
 
 
 def _record_start(
