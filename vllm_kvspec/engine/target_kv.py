@@ -12,6 +12,8 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, Sliding
 
 from vllm_kvspec.kernels.kv_compact import kv_base_ptrs
 
+EMPTY_BLOCK_SIZE = 16
+
 
 def split_kv(kv_cache: torch.Tensor, head_dim: int, cache_dtype: torch.dtype | None = None):
     """(K, V) views [num_blocks, block_size, num_kv_heads, head_dim] of a layer's cache."""
@@ -30,6 +32,13 @@ class PagedLayer:
     v_scale: torch.Tensor
     group: int
     sliding_window: int
+
+
+def empty_layers(num_layers: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device):
+    """Layers with one block of no content, for passes before KV caches exist, which read no context."""
+    cache = torch.zeros(1, EMPTY_BLOCK_SIZE, num_kv_heads, head_dim, dtype=dtype, device=device)
+    one = torch.ones(1, device=device)
+    return [PagedLayer(cache, cache, one, one, group=0, sliding_window=0)] * num_layers
 
 
 @dataclass

@@ -14,8 +14,9 @@ from vllm.v1.worker.gpu.buffer_utils import UvaBackedTensor
 class TreeState:
     """Attributes, by row:
 
-    - by request state: ``parent``, ``depth`` int32 [R, N1], ``ancestor_mask`` int64 [R, N1] (bit j of row t: node j is
-      t or an ancestor of t), ``chain`` (1 where the request must get a chain);
+    - by request state: ``parent``, ``depth`` int32 [R + 1, N1], ``ancestor_mask`` int64 [R + 1, N1] (bit j of row t:
+      node j is t or an ancestor of t), ``chain`` (1 where the request must get a chain). The last row,
+      ``padding_request``, is no request's: padding of a batch writes there;
     - by batch position, at fixed addresses for CUDA graphs: ``batch_mask`` int64 [R, N1], ``batch_len`` int32 [R] (tree
       rows of this step including the root; 0 = plain causal request);
     - by logits row: ``local_pos`` int32 [R * N1], the depth of each row.
@@ -30,9 +31,10 @@ class TreeState:
         self.chain_parent = (chain - 1).clamp(min=0).to(device, torch.int32)
         # Row t has bits 0..t set: 2^(t+1) - 1, which for t = 63 is -1 in two's complement.
         self.chain_mask = torch.tensor([(1 << (t + 1)) - 1 if t < 63 else -1 for t in range(num_rows)], device=device)
-        self.parent = self.chain_parent.repeat(max_num_reqs, 1)
-        self.depth = self.chain_depth.repeat(max_num_reqs, 1)
-        self.ancestor_mask = self.chain_mask.repeat(max_num_reqs, 1)
+        self.padding_request = max_num_reqs
+        self.parent = self.chain_parent.repeat(max_num_reqs + 1, 1)
+        self.depth = self.chain_depth.repeat(max_num_reqs + 1, 1)
+        self.ancestor_mask = self.chain_mask.repeat(max_num_reqs + 1, 1)
         self.batch_mask = torch.zeros(max_num_reqs, num_rows, dtype=torch.int64, device=device)
         self.batch_len = torch.zeros(max_num_reqs, dtype=torch.int32, device=device)
         self.local_pos = torch.zeros(max_num_reqs * num_rows, dtype=torch.int32, device=device)

@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The drafter without an engine: every head that is served gives the candidates of its definition in torch.
+
+The head is built from vLLM's layers and loads a checkpoint; the target is a small one of transformers, whose KV cache
+is laid out in blocks. Nothing of vLLM's runner takes part.
+"""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+# isort: off
+import vllm.v1.worker.cpu.shm  # noqa: F401
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.distributed import cleanup_dist_env_and_memory, init_distributed_environment, initialize_model_parallel
+
+# isort: on
+from vllm_kvspec.engine.draft_logits import DraftLogits
+from vllm_kvspec.engine.draft_model import KVSpecDraftModel
+from vllm_kvspec.engine.drafter import Drafter
+from vllm_kvspec.engine.target_kv import PagedLayer
+from vllm_kvspec.kernels.reference import gumbel_noise
+from vllm_kvspec.kernels.reference_draft_inputs import DraftRows
+from vllm_kvspec.models import draft_head
+from vllm_kvspec.models.attention import KVSpecAttention
+from vllm_kvspec.models.drafting import draft_candidates
+from vllm_kvspec.models.target import view_target
+from vllm_kvspec.tree import depths, ranking_scale
+
+VOCAB, BLOCK, NODES, LENGTH, BLOCK_SIZE = 60, 4, 6, 40, 16
+# Positions of the anchors of four requests that share one text.
+BASES = [1, 15, 16, 33]
+TEMPERATURES = torch.tensor([0.0, 0.7, 1.0, 0.0])
+SEEDS = torch.tensor([3, 5, 7, 11])
+
+HEADS = {
+    "hybrid": dict(context="hybrid"),
+    "kv": dict(context="kv"),
+    "no-bias": dict(context="hybrid", transition_rank=0),
+    "draft-vocabulary": dict(context="hybrid", draft_vocab_size=40),
+    "kv-autoregressive": dict(context="kv", drafting="autoregressive"),
+    "hybrid-autoregressive": dict(context="hybrid", drafting="autoregressive"),
+    "all-but-block": dict(context="kv", drafting="autoregressive", transition_rank=0, draft_vocab_size=40),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def vllm_layers(tmp_path_factory):
+    """One process of tensor parallelism, which vLLM's layers ask for."""
+    file = tmp_path_factory.mktemp("distributed") / "init"
+    with set_current_vllm_config(VllmConfig()):
+        init_distributed_environment(1, 0, f"file://{file}", 0, "gloo")
+        initialize_model_parallel(1)
+        yield
+    cleanup_dist_env_and_memory()
+
+
+@pytest.fixture(scope="module")
+def target() -> Qwen3ForCausalLM:
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=16, vocab_size=VOCAB, tie_word_embeddings=True, max_position_embeddings=128,
+    )  # fmt: skip
+    model = Qwen3ForCausalLM(config).eval()
+    # Logits with some spread, as a trained model has.
+    model.lm_head.weight.data *= 20
+    return model
+
+
+def make_head(target, directory, **fields) -> draft_head.KVSpecDraftModel:
+    torch.manual_seed(1)
+    fields = dict(num_hidden_layers=2, draft_block_size=BLOCK, transition_rank=8) | fields
+    head = draft_head.KVSpecDraftModel(draft_head.head_config_for(target.config, **fields)).eval()
+    for module in head.modules():
+        # They start at zero, which would hide every mistake behind them.
+        if isinstance(module, KVSpecAttention):
+            torch.nn.init.normal_(module.o_proj.weight, std=0.2)
+    if head.config.transition_rank:
+        torch.nn.init.normal_(head.transition_out.weight, std=0.5)
+    if head.draft_token_ids is not None:
+        head.set_draft_vocabulary(torch.randperm(VOCAB)[: head.config.draft_vocab_size])
+    head.save_pretrained(directory)
+    return head
+
+
+def load(config, tensors: dict[str, torch.Tensor]) -> KVSpecDraftModel:
+    """What vLLM's model loader does with a head."""
+    spec = SimpleNamespace(draft_model_config=SimpleNamespace(hf_config=config))
+    vllm_config = SimpleNamespace(speculative_config=spec, model_config=SimpleNamespace(max_model_len=LENGTH))
+    model = KVSpecDraftModel(vllm_config=vllm_config)
+    model.load_weights(tensors.items())
+    for module in model.modules():
+        if method := getattr(module, "quant_method", None):
+            method.process_weights_after_loading(module)
+    return model.eval()
+
+
+def serve(head, target, directory, **keys) -> tuple[Drafter, DraftRows, torch.Tensor]:
+    """The drafter over the target's KV in blocks, rows of four requests, and their text [1, S]."""
+    torch.manual_seed(2)
+    ids = torch.randint(VOCAB, (1, LENGTH))
+    view = view_target(target, head.config, ids)
+    spec = dict(tree="auto", tree_width=3, parents=None, draft_noise="coupled", num_speculative_tokens=NODES) | keys
+    served = load(head.config, load_file(directory / "model.safetensors"))
+    fake = SimpleNamespace(
+        embed_input_ids=target.get_input_embeddings(), compute_logits=target.lm_head, lm_head=target.lm_head
+    )
+    drafter = Drafter(SimpleNamespace(**spec), served, fake)
+    drafter.bind(*in_blocks(view.kv))
+    state = None if head.config.context == "kv" else view.hidden[0, torch.tensor(BASES) - 1]
+    base = torch.tensor(BASES, dtype=torch.int32)
+    none = torch.zeros(len(BASES), dtype=torch.int32)
+    return drafter, DraftRows(torch.arange(4), base, ids[0, base], TEMPERATURES, SEEDS, none, state), ids
+
+
+def in_blocks(kv: list) -> tuple[list[PagedLayer], list[torch.Tensor]]:
+    """The keys and values of one text as four requests' paged KV, blocks in another order, NaN beyond the text."""
+    blocks = -(-LENGTH // BLOCK_SIZE)
+    order = torch.tensor([2, 0, 3])[:blocks]
+    layers = []
+    for keys_values in kv:
+        caches = []
+        for tensor in keys_values:
+            cache = torch.full((4, BLOCK_SIZE, *tensor[0].transpose(0, 1).shape[1:]), float("nan"))
+            for i, block in enumerate(order):
+                part = tensor[0].transpose(0, 1)[i * BLOCK_SIZE : (i + 1) * BLOCK_SIZE]
+                cache[block, : len(part)] = part
+            caches.append(cache)
+        layers.append(PagedLayer(*caches, torch.ones(1), torch.ones(1), group=0, sliding_window=0))
+    return layers, [order.int().repeat(len(BASES), 1)]
+
+
+@pytest.fixture(params=HEADS)
+def head(request, target, tmp_path):
+    return make_head(target, tmp_path, **HEADS[request.param])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("coupled", [True, False])
+def test_candidates_are_those_of_the_definition(head, target, tmp_path, coupled):
+    drafter, rows, ids = serve(head, target, tmp_path, draft_noise="coupled" if coupled else "none")
+    found = drafter._expansion(rows)(levels=drafter.levels)
+    scale = ranking_scale(TEMPERATURES, coupled, head.config.greedy_scale)
+    noise = None
+    if coupled:
+        positions = rows.base[:, None] + torch.arange(BLOCK)
+        noise = gumbel_noise(SEEDS, TEMPERATURES, positions, rows.request, VOCAB)
+    view = view_target(target, head.config, ids)
+    expected = draft_candidates(head, target, view, ids, rows.base.long(), noise, scale, beam=8, width=3)
+    torch.testing.assert_close(found.score, expected[0], atol=1e-4, rtol=1e-4)
+    assert torch.equal(found.token, expected[1])
+    assert torch.equal(found.parent, expected[2])
+
+
+@torch.no_grad()
+def test_a_row_does_not_depend_on_the_rows_beside_it(head, target, tmp_path):
+    """What padding relies on: a padded batch gives a request the tree it gets alone."""
+    drafter, rows, _ = serve(head, target, tmp_path)
+    together = drafter.trees(rows, False)
+    padded = DraftRows(*(None if c is None else torch.cat((c[:1], torch.zeros_like(c[:3]))) for c in rows))
+    for tree, one in zip(together, drafter.trees(padded, False), strict=True):
+        assert torch.equal(tree[:1], one[:1])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("drafting", ["block", "autoregressive"])
+def test_fixed_shapes_with_chains(target, tmp_path, drafting):
+    """Per request the fixed shape or a chain; siblings are the parent's best children in order."""
+    head = make_head(target, tmp_path, drafting=drafting)
+    parents = [0, 0, 1, 1, 2, 3]
+    drafter, rows, _ = serve(head, target, tmp_path, parents=parents)
+    rows.chain[1:3] = 1
+    tokens, parent, depth, mask = drafter.trees(rows, True)
+    assert parent.tolist() == [[0, *parents], [0, *range(NODES)], [0, *range(NODES)], [0, *parents]]
+    assert depth[0].tolist() == depths(parents)
+    free, _, _ = serve(head, target, tmp_path)
+    best = free._expansion(rows)(levels=free.levels)
+    assert torch.equal(tokens[0, :2], best.token[0, :2])
+    children = best.token[0, best.parent[0] == 0]
+    assert tokens[0, 2:4].tolist() == children[:2].tolist()
+    assert tokens[1, 0] == best.token[1, 0]
+
+
+def test_part_of_the_lm_head(target):
+    """Rows are copied only where their product is the target's logits."""
+    ids = torch.tensor([3, 5, 8])
+    hidden = torch.randn(7, 32)
+    weight = target.lm_head.weight
+    plain = SimpleNamespace(lm_head=target.lm_head, compute_logits=lambda h: h @ weight.T)
+    capped = SimpleNamespace(lm_head=target.lm_head, compute_logits=lambda h: 30 * torch.tanh(h @ weight.T / 30))
+    quantised = SimpleNamespace(
+        lm_head=SimpleNamespace(weight=weight.to(torch.float8_e4m3fn)), compute_logits=plain.compute_logits
+    )
+    for fake, is_copied in ((plain, True), (capped, False), (quantised, False)):
+        logits = DraftLogits(fake, VOCAB, ids, torch.float32)
+        assert (logits.rows is not None) == is_copied
+        torch.testing.assert_close(logits(hidden), fake.compute_logits(hidden)[:, ids])
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda tensors: tensors.pop("d2t"), "lacks 1 tensors, first d2t"),
+        (lambda tensors: tensors.pop("layers.0.self_attn.k_proj.weight"), "first layers.0.self_attn.k_proj"),
+        (lambda tensors: tensors["d2t"].add_(VOCAB), "d2t must map 40 draft tokens to target ids below 60"),
+        (lambda tensors: tensors.update(fuse_proj=torch.zeros(1)), "has a tensor fuse_proj"),
+    ],
+    ids=["no-d2t", "no-weight", "d2t-out-of-range", "another-tensor"],
+)
+def test_refused_checkpoints(target, tmp_path, change, sentence):
+    head = make_head(target, tmp_path, draft_vocab_size=40)
+    tensors = load_file(tmp_path / "model.safetensors")
+    change(tensors)
+    with pytest.raises(ValueError, match=sentence):
+        load(head.config, tensors)

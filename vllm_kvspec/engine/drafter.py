@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a step's draft rows to trees: the head's pass, the candidates of every level, the best nodes.
+
+Everything here depends on the number of rows only, never on their content, and reads no tensor on the host: a call can
+be recorded as a CUDA graph and replayed on other rows.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import nn
+from torch.nn.functional import pad
+
+from vllm_kvspec.engine import ops
+from vllm_kvspec.engine.draft_logits import DraftLogits
+from vllm_kvspec.engine.draft_model import KVSpecDraftModel
+from vllm_kvspec.engine.speculative_config import TREE_BEAM, KVSpecConfig
+from vllm_kvspec.engine.target_kv import PagedLayer
+from vllm_kvspec.kernels.reference_candidates import Candidates, Level, Parents, empty_candidates, root_parents
+from vllm_kvspec.kernels.reference_draft_inputs import DraftRows
+from vllm_kvspec.tree import ancestor_masks, depths, fixed_levels, plan_levels
+
+Expand = Callable[..., Candidates]
+# Tokens int64 [B, N]; parent, depth int32 and ancestor_mask int64 [B, N1].
+Trees = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+class Drafter:
+    """The head on its target. ``context`` and ``block_tables`` are bound when KV caches exist."""
+
+    def __init__(self, config: KVSpecConfig, head: KVSpecDraftModel, target_model: nn.Module):
+        self.head = head
+        self.target_model = target_model
+        self.logits = DraftLogits(target_model, head.config.vocab_size, head.draft_ids, head.norm.weight.dtype)
+        self.coupled = config.draft_noise == "coupled"
+        self.num_nodes = config.num_speculative_tokens
+        self.parents = config.parents
+        device = head.norm.weight.device
+        block_size = head.config.draft_block_size
+        # A chain is the tree of one child per node.
+        beam, width = (1, 1) if config.tree == "chain" else (TREE_BEAM, config.tree_width)
+        self.levels, self.chain_levels = plan_levels(block_size, beam, width), plan_levels(block_size, 1, 1)
+        if self.parents:
+            self.levels, self.fixed_nodes = fixed_levels(self.parents, device)
+            shape = ([0, *self.parents], depths(self.parents))
+            self.fixed_parent, self.fixed_depth = (torch.tensor(x, dtype=torch.int32, device=device) for x in shape)
+            self.fixed_mask = torch.tensor(ancestor_masks(self.parents), dtype=torch.int64, device=device)
+        self.context: list[PagedLayer] = []
+        self.block_tables: list[torch.Tensor] = []
+
+    def bind(self, context: list[PagedLayer], block_tables: list[torch.Tensor]) -> None:
+        """``context``: one target layer per head layer. ``block_tables``: int32 [Rmax, M] per KV cache group."""
+        self.context, self.block_tables = context, block_tables
+
+    def trees(self, rows: DraftRows, with_chains: bool) -> Trees:
+        """Trees of B = ``len(rows.base)`` requests. ``with_chains``: some of them must get a chain.
+
+        Only a tree of fixed shape asks for ``with_chains``: then chains are drafted as well. The other trees take them
+        from ``rows.chain``.
+        """
+        expand = self._expansion(rows)
+        if self.parents is None:
+            return ops.tree_build(*expand(levels=self.levels, chain=rows.chain), self.num_nodes)
+        batch = len(rows.base)
+        tokens = expand(levels=self.levels).token[:, self.fixed_nodes]
+        fixed = (tokens, *(t.expand(batch, -1) for t in (self.fixed_parent, self.fixed_depth, self.fixed_mask)))
+        if not with_chains:
+            return fixed
+        score, token, parent = expand(levels=self.chain_levels)
+        # Positions beyond the block carry no scores: -inf candidates continue the chain.
+        missing = max(0, self.num_nodes - score.shape[1])
+        padded = (pad(score, (0, missing), value=float("-inf")), pad(token, (0, missing)), pad(parent, (0, missing)))
+        chains = ops.tree_build(*padded, self.num_nodes)
+        is_chain = rows.chain[:, None] != 0
+        return tuple(torch.where(is_chain, chain, other) for chain, other in zip(chains, fixed, strict=True))
+
+    def _expansion(self, rows: DraftRows) -> Expand:
+        """Candidates of the rows' trees as a function of levels and chains."""
+        options = dict(
+            base=rows.base,
+            idx_mapping=torch.arange(len(rows.base), device=rows.base.device),
+            temperature=rows.temperature,
+            seeds=rows.seed,
+            coupled=self.coupled,
+            greedy_scale=self.head.config.greedy_scale,
+            draft_ids=self.head.draft_ids,
+        )
+        if self.head.config.drafting == "autoregressive":
+            return partial(self._path_candidates, rows, **options)
+        inputs = self.head.block_rows(self.target_model.embed_input_ids(rows.anchor), rows.state)
+        hidden = self.head(inputs, rows.base, self.context, self.block_tables)
+        logits = self.logits(hidden.flatten(0, 1)).view(*hidden.shape[:2], -1)
+        return partial(ops.tree_candidates, logits, rows.anchor, *self.head.transition, **options)
+
+    def _path_candidates(self, rows: DraftRows, *, levels: Sequence[Level], **options) -> Candidates:
+        """Level by level: each node's path from the anchor is a block of its own, over its request's context.
+
+        The rows before a path's last are computed again in every level. That is exact, because they do not see later
+        rows, and needs no cache; their inputs are kept.
+        """
+        candidates = empty_candidates(len(rows.base), levels, rows.base.device)
+        parents, offset = root_parents(rows.anchor), 0
+        state = None if rows.state is None else rows.state[:, None]
+        inputs = None
+        for depth, level in enumerate(levels):
+            row = self.head.path_row(self._embed(parents.token), state).unsqueeze(2)
+            inputs = row if inputs is None else torch.cat((inputs, row), dim=2)
+            state = self._last_outputs(inputs, rows.base)
+            logits = self.logits(state.flatten(0, 1)).view(*state.shape[:2], -1)
+            parents = ops.tree_level(
+                logits, parents, *self.head.transition,
+                level=level, depth=depth, candidates=candidates, offset=offset, **options,
+            )  # fmt: skip
+            if parents is None:
+                break
+            source = _source_paths(parents, offset, level.width)
+            inputs, state = _take(inputs, source), _take(state, source)
+            offset += level.num_parents * level.width
+        return candidates
+
+    def _embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        """``tokens`` int64 [B, P] -> the target's embeddings [B, P, H]."""
+        return self.target_model.embed_input_ids(tokens.flatten()).view(*tokens.shape, -1)
+
+    def _last_outputs(self, inputs: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+        """The head's output at the last row of every path: ``inputs`` [B, P, R, H] -> [B, P, H]."""
+        batch, paths = inputs.shape[:2]
+        tables = [_repeat(table[:batch], paths) for table in self.block_tables]
+        hidden = self.head(inputs.flatten(0, 1), _repeat(base, paths), self.context, tables)
+        return hidden[:, -1].view(batch, paths, -1)
+
+
+def _repeat(tensor: torch.Tensor, times: int) -> torch.Tensor:
+    """Every row ``times`` times in a row, [B, ...] -> [B * times, ...]."""
+    return tensor if times == 1 else tensor.unsqueeze(1).expand(-1, times, *tensor.shape[1:]).flatten(0, 1)
+
+
+def _source_paths(parents: Parents, offset: int, width: int) -> torch.Tensor:
+    """Which path of the level before each parent continues, int64 [B, P]; its candidates begin at ``offset``."""
+    return (parents.index.long() - offset) // width
+
+
+def _take(tensor: torch.Tensor, paths: torch.Tensor) -> torch.Tensor:
+    """Per request the given paths: ``tensor`` [B, P, ...], ``paths`` int64 [B, Q] -> [B, Q, ...]."""
+    index = paths.view(*paths.shape, *[1] * (tensor.dim() - 2))
+    return tensor.gather(1, index.expand(-1, -1, *tensor.shape[2:]))
