@@ -68,6 +68,15 @@ RUNNER_CONTRACT = {
         "kv_cache_config",
         "block_tables",
     ),
+    ("vllm.v1.worker.gpu.cudagraph_utils", "CudaGraphManager._init_candidates"): ("self",),
+    ("vllm.v1.worker.gpu.cudagraph_utils", "CudaGraphManager.capture"): ("self", "create_forward_fn"),
+    ("vllm.v1.worker.gpu.cudagraph_utils", "CudaGraphManager.dispatch"): (
+        "self",
+        "num_reqs",
+        "num_tokens",
+        "uniform_token_count",
+        "num_active_loras",
+    ),
     ("vllm.v1.worker.gpu.sample.gumbel", "gumbel_sample"): (
         "logits",
         "expanded_idx_mapping",
