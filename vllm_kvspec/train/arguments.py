@@ -157,6 +157,9 @@ class RunArguments(TrainingArguments):
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "hide losses that are not finite"})
     save_total_limit: int | None = field(default=2, metadata={"help": "checkpoints kept"})
     report_to: None | str | list[str] = field(default="none", metadata={"help": "tensorboard, wandb, trackio, none"})
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "not needed: every parameter of a head takes part in every step"}
+    )
     remove_unused_columns: bool = field(default=False, metadata={"help": "must stay false: rows are not model inputs"})
 
     def __post_init__(self):
