@@ -89,7 +89,7 @@ def engine_arguments(arguments: argparse.Namespace, models: dict[str, str], spec
         "max_num_seqs": max(*arguments.concurrency, PARITY["requests"]),
         # Every request's tree must fit into one step.
         "max_num_batched_tokens": max(8192, max(arguments.concurrency) * rows),
-        "enable_prefix_caching": False,
+        "enable_prefix_caching": True,
         "disable_log_stats": True,
         "speculative_config": spec,
     }

@@ -107,8 +107,7 @@ def milliseconds(run: Callable, device: torch.device, graph: bool = False) -> fl
         from triton.testing import do_bench, do_bench_cudagraph
 
         if graph:
-            with torch.cuda.stream(torch.cuda.Stream()):
-                return do_bench_cudagraph(run, rep=20, return_mode="median")
+            return do_bench_cudagraph(run, rep=20, return_mode="median")
         return do_bench(run, warmup=10, rep=50, return_mode="median")
     times = []
     for _ in range(3):

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """One configuration of ``bench_engine.py`` in a process of its own: ``engine_worker.py job.json out.jsonl``.
 
-Decoding is timed over whole engine steps of a constant batch: every request has its prompt behind it and none ends.
+Decoding is timed over whole engine steps of a constant batch: every request has its prompt behind it and none ends. The
+prompts are computed beforehand, into the prefix cache, so that all requests start decoding together.
 Each finished shape is written at once, so that a later one which hangs loses nothing.
 """
 
@@ -103,9 +104,12 @@ def measure(llm, clock: PhaseClock, job: dict[str, Any], batch: int, context: in
     max_tokens = (WARMUP_STEPS + steps + 8) * job["tokens_per_step"]
     if batch * (context + max_tokens) > kv_tokens(llm):
         raise ValueError(f"{batch} requests of {context + max_tokens} tokens, KV room for {kv_tokens(llm)}")
+    tokens = prompts(batch, context, job["vocab_size"])
+    prefill = SamplingParams(temperature=0.0, max_tokens=1, detokenize=False)
+    llm.generate([{"prompt_token_ids": prompt} for prompt in tokens], prefill, use_tqdm=False)
     keywords = dict(temperature=0.0, max_tokens=max_tokens, ignore_eos=True, detokenize=False)
     produced = {}
-    for i, prompt in enumerate(prompts(batch, context, job["vocab_size"])):
+    for i, prompt in enumerate(tokens):
         produced[f"{batch}-{context}-{i}"] = 0
         engine.add_request(f"{batch}-{context}-{i}", {"prompt_token_ids": prompt}, SamplingParams(seed=i, **keywords))
 
@@ -123,7 +127,7 @@ def measure(llm, clock: PhaseClock, job: dict[str, Any], batch: int, context: in
         step()
     clock.synchronize()
     seconds = time.perf_counter() - start
-    tokens = sum(produced.values()) - before
+    decoded = sum(produced.values()) - before
     verify, draft = clock.total_ms("forward") + clock.total_ms("sample"), clock.total_ms("draft")
     engine.abort_request(list(produced))
     while engine.has_unfinished_requests():
@@ -134,8 +138,8 @@ def measure(llm, clock: PhaseClock, job: dict[str, Any], batch: int, context: in
         "verify ms": verify / steps,
         "draft ms": draft / steps,
         "rest ms": per_step - (verify + draft) / steps,
-        "tokens/s": tokens / seconds,
-        "tau": tokens / (batch * steps),
+        "tokens/s": decoded / seconds,
+        "tau": decoded / (batch * steps),
         "KV tokens": kv_tokens(llm),
     }
 
