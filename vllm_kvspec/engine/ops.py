@@ -17,6 +17,7 @@ if _choice not in _CHOICES:
 USE_TRITON = _choice == "triton" or (_choice == "auto" and not current_platform.is_cpu())
 
 if USE_TRITON:
+    from vllm_kvspec.kernels.draft_inputs import draft_inputs
     from vllm_kvspec.kernels.gumbel_noise import gumbel_noise
     from vllm_kvspec.kernels.kv_compact import kv_compact
     from vllm_kvspec.kernels.paged_draft_attention import paged_draft_attention
@@ -36,9 +37,11 @@ else:
         tree_walk,
     )
     from vllm_kvspec.kernels.reference_candidates import tree_candidates, tree_level
+    from vllm_kvspec.kernels.reference_draft_inputs import draft_inputs
 
 __all__ = [
     "USE_TRITON",
+    "draft_inputs",
     "gumbel_noise",
     "kv_compact",
     "paged_draft_attention",

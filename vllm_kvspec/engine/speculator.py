@@ -1,55 +1,62 @@
 # SPDX-License-Identifier: Apache-2.0
 """Proposes a tree per request from the target's own KV cache. Called by vLLM after each verification step."""
 
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import pad
 from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.model_executor.model_loader import get_model
+from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 
 from vllm_kvspec.engine import ops
-from vllm_kvspec.engine.speculative_config import TREE_BEAM
-from vllm_kvspec.engine.target_kv import PagedLayer, layers_by_index, paged_layer
+from vllm_kvspec.engine.drafter import Drafter
+from vllm_kvspec.engine.drafter_graph import DrafterGraphs
+from vllm_kvspec.engine.target_kv import empty_layers, layers_by_index, paged_layer
 from vllm_kvspec.engine.tree_state import TreeState
-from vllm_kvspec.kernels.reference_candidates import Candidates
-from vllm_kvspec.tree import ancestor_masks, depths, fixed_levels, plan_levels
+from vllm_kvspec.kernels.reference_draft_inputs import DraftRows
+from vllm_kvspec.tree import ancestor_masks, depths
 
 
 class KVSpecSpeculator(DraftModelSpeculator):
-    """vLLM's interface for draft models, without draft KV: the head reads the target's blocks in place."""
+    """vLLM's interface for draft models, without draft KV: the head reads the target's blocks in place.
+
+    A step gathers ``rows`` (what the drafter needs of each request) and then runs ``draft`` on them, as a CUDA graph
+    where there is one for the batch. Rows and outputs (``draft_tokens``, ``state``) keep their addresses.
+    """
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, req_states):
         super().__init__(vllm_config, device)
         config = vllm_config.speculative_config
         self.req_states = req_states
         self.state = TreeState(self.max_num_reqs, self.num_speculative_steps, device)
-        self.coupled = config.draft_noise == "coupled"
-        # A chain is the tree of one child per node.
-        beam, width = (1, 1) if config.tree == "chain" else (TREE_BEAM, config.tree_width)
-        block_size = self.draft_model_config.hf_config.draft_block_size
-        self.levels, self.chain_levels = plan_levels(block_size, beam, width), plan_levels(block_size, 1, 1)
-        self.target_layers: list[PagedLayer] = []
-        self.parents = config.parents
-        if self.parents:
-            self.levels, self.fixed_nodes = fixed_levels(self.parents, device)
-            shape = ([0, *self.parents], depths(self.parents))
-            self.fixed_parent, self.fixed_depth = (torch.tensor(x, dtype=torch.int32, device=device) for x in shape)
-            self.fixed_mask = torch.tensor(ancestor_masks(self.parents), dtype=torch.int64, device=device)
+        self.rows = self._new_rows(self.draft_model_config.hf_config)
+        # vLLM drops this attribute's value, by its type, between profiling and serving.
+        self.graphs: DrafterGraphs | None = None
         self.test_drafter = None
         if config.drafter != "head":
             from vllm_kvspec.engine.drafters import TestDrafter
 
             self.test_drafter = TestDrafter(config, req_states, self.vocab_size)
 
+    def _new_rows(self, head_config) -> DraftRows:
+        dtypes = (torch.int64, torch.int32, torch.int64, torch.float32, torch.int64, torch.int32)
+        columns = (torch.zeros(self.max_num_reqs, dtype=dtype, device=self.device) for dtype in dtypes)
+        if head_config.context == "kv":
+            return DraftRows(*columns, None)
+        size = (self.max_num_reqs, head_config.hidden_size)
+        return DraftRows(*columns, torch.zeros(size, dtype=self.dtype, device=self.device))
+
     def load_draft_model(self, target_model: nn.Module, target_attn_layer_names: set[str]) -> nn.Module:
-        self.target_model = target_model
-        return get_model(vllm_config=self.vllm_config, model_config=self.draft_model_config, prefix="draft")
+        head = get_model(vllm_config=self.vllm_config, model_config=self.draft_model_config, prefix="draft")
+        self.drafter = Drafter(self.vllm_config.speculative_config, head, target_model)
+        # Until there are KV caches: what the pass that measures memory reads.
+        attention = head.layers[0].self_attn
+        layers = empty_layers(len(head.layers), attention.num_kv_heads, attention.head_dim, self.dtype, self.device)
+        self.drafter.bind(layers, [torch.zeros(self.max_num_reqs, 1, dtype=torch.int32, device=self.device)])
+        return head
 
     def set_sampler(self, rejection_sampler) -> None:
         """The accepted path of the last verification is read from it."""
@@ -64,13 +71,28 @@ class KVSpecSpeculator(DraftModelSpeculator):
                 f"The kvspec head reads the KV of target layers {wanted}, but layers {missing} have no KV cache of "
                 f"their own here; layers that do: {sorted(names)}. Use a head trained for this target."
             )
-        self.target_layers = [paged_layer(*names[i], static_forward_context) for i in wanted]
+        layers = [paged_layer(*names[i], static_forward_context) for i in wanted]
+        self.drafter.bind(layers, self.block_tables.input_block_tables)
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
-        """The drafter runs eagerly."""
+        mode = cudagraph_mode if self.test_drafter is None else CUDAGraphMode.NONE
+        self.graphs = DrafterGraphs(self.vllm_config, self.device, mode)
 
     def capture(self) -> None:
-        """The drafter runs eagerly: nothing to capture."""
+        """Called by vLLM after it has captured the target's graphs."""
+        self.rows.request.fill_(self.state.padding_request)
+        for column in self.rows[1:]:
+            if column is not None:
+                column.zero_()
+        self.graphs.capture_batches(self.draft)
+
+    @torch.inference_mode()
+    def draft(self, num_rows: int, with_chains: bool = False) -> None:
+        """Trees for the first ``num_rows`` of ``rows``, into ``draft_tokens`` and ``state``."""
+        rows = self.rows.first(num_rows)
+        tokens, *shape = self.drafter.trees(rows, with_chains)
+        self.draft_tokens[:num_rows] = tokens
+        self.state.store(rows.request, *shape)
 
     def propose(
         self,
@@ -95,61 +117,41 @@ class KVSpecSpeculator(DraftModelSpeculator):
         """Draft tokens int64 [B, N], every entry a valid id; the trees' shapes go to ``self.state``.
 
         When it is called, ``num_computed_tokens`` has advanced past the accepted tokens: target KV is valid for
-        positions [0, base) and the anchor, at position ``base``, has none yet.
+        positions [0, base) and the anchor, at position ``base``, has none yet. A dummy run drafts for padding only.
         """
-        num_reqs, idx_mapping = input_batch.num_reqs, input_batch.idx_mapping
+        num_reqs = input_batch.num_reqs
         # The load allows no nodes: no pass of the head either. It has no state that could fall behind.
-        if dummy_run or not self.target_layers or num_speculative_tokens == 0:
+        if num_speculative_tokens == 0 or (dummy_run and self.test_drafter is not None):
             return self.draft_tokens[:num_reqs].zero_()
         if self.test_drafter is not None:
-            return self._propose_test_trees(idx_mapping)
-        base = self.req_states.num_computed_tokens.gpu[idx_mapping]
-        anchor = last_sampled[idx_mapping, 0]
-        state = last_hidden_states[self._last_accepted_rows(input_batch, num_sampled)]
-        rows = self.model.block_rows(self.target_model.embed_input_ids(anchor), state)
-        hidden = self.model(rows, base, self.target_layers, self.block_tables.input_block_tables)
-        logits = self.target_model.compute_logits(hidden.flatten(0, 1)).view(num_reqs, hidden.shape[1], -1)
-        logits = logits[..., : self.vocab_size]
-        expand = partial(
-            ops.tree_candidates, logits, anchor, self.model.transition_in.weight, self.model.transition_out.weight,
-            base=base, idx_mapping=idx_mapping, temperature=temperature, seeds=seeds, coupled=self.coupled,
-            greedy_scale=self.model.config.greedy_scale,
-        )  # fmt: skip
-        return self._build_trees(expand, input_batch)
-
-    def _last_accepted_rows(self, input_batch: InputBatch, num_sampled: torch.Tensor) -> torch.Tensor:
-        """Row of the hidden states at position base - 1: the node whose sample became the anchor. int64 [B]."""
-        first = input_batch.cu_num_logits[:-1].long()
-        path = self.rejection_sampler.path
-        if path is not None:
-            last = (num_sampled.long() - 1).clamp(min=0)
-            first = first + path.gather(1, last[:, None])[:, 0]
-        return input_batch.logits_indices[first]
-
-    def _build_trees(self, expand: Callable[..., Candidates], input_batch: InputBatch) -> torch.Tensor:
-        """Draft tokens [B, N]; stores the shapes. ``expand`` lacks only the levels and chains."""
-        if self.parents is None:
-            candidates = expand(levels=self.levels, chain=self.state.chain.gpu)
-            tokens, *shape = ops.tree_build(*candidates, self.num_speculative_steps)
+            return self._propose_test_trees(input_batch.idx_mapping)
+        with_chains = bool(self.drafter.parents) and self.state.any_chain(input_batch.idx_mapping_np)
+        how = self._dispatch(num_reqs, eager=is_profile or with_chains)
+        ops.draft_inputs(
+            input_batch.idx_mapping[: 0 if dummy_run else num_reqs],
+            self.req_states.num_computed_tokens.gpu,
+            last_sampled,
+            temperature,
+            seeds,
+            self.state.chain.gpu,
+            num_sampled=num_sampled,
+            path=self.rejection_sampler.path,
+            cu_num_logits=input_batch.cu_num_logits,
+            logits_indices=input_batch.logits_indices,
+            hidden_states=last_hidden_states,
+            rows=self.rows.first(how.num_reqs),
+            padding_request=self.state.padding_request,
+        )
+        if how.cg_mode == CUDAGraphMode.FULL:
+            self.graphs.run_fullgraph(how)
         else:
-            tokens, *shape = self._fixed_trees(expand, input_batch)
-        self.state.store(input_batch.idx_mapping, *shape)
-        return tokens
+            self.draft(how.num_reqs, with_chains)
+        return self.draft_tokens[:num_reqs]
 
-    def _fixed_trees(self, expand: Callable[..., Candidates], input_batch: InputBatch) -> tuple[torch.Tensor, ...]:
-        """Tokens, parent, depth, mask: the user's fixed shape, and chains for the requests that need one."""
-        batch = input_batch.num_reqs
-        tokens = expand(levels=self.levels).token[:, self.fixed_nodes]
-        fixed = (tokens, *(t.expand(batch, -1) for t in (self.fixed_parent, self.fixed_depth, self.fixed_mask)))
-        if not self.state.any_chain(input_batch.idx_mapping_np):
-            return fixed
-        score, token, parent = expand(levels=self.chain_levels)
-        # Positions beyond the block carry no scores: -inf candidates continue the chain.
-        missing = max(0, self.num_speculative_steps - score.shape[1])
-        padded = (pad(score, (0, missing), value=float("-inf")), pad(token, (0, missing)), pad(parent, (0, missing)))
-        chains = ops.tree_build(*padded, self.num_speculative_steps)
-        is_chain = (self.state.chain.gpu[input_batch.idx_mapping] != 0)[:, None]
-        return tuple(torch.where(is_chain, chain, other) for chain, other in zip(chains, fixed, strict=True))
+    def _dispatch(self, num_reqs: int, eager: bool) -> BatchExecutionDescriptor:
+        if eager or self.graphs is None:
+            return BatchExecutionDescriptor(CUDAGraphMode.NONE, num_tokens=num_reqs, num_reqs=num_reqs)
+        return self.graphs.dispatch_batch(num_reqs)
 
     def _propose_test_trees(self, idx_mapping: torch.Tensor) -> torch.Tensor:
         tokens, parents = self.test_drafter.propose(idx_mapping, self.state.chain.gpu)

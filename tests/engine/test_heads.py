@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every kind of head is served, with the text of plain decoding, or refused in one sentence.
+
+The heads are the bundled one with parts taken away, so that some of their drafts are accepted without any training.
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+from engine_runner import HEAD, TARGET, generate, spec_counters
+from requests_mix import BATCHES
+from safetensors.torch import load_file
+
+from vllm_kvspec.config import KVSpecDraftConfig
+from vllm_kvspec.engine.speculative_config import check_servable
+from vllm_kvspec.models.create import write_untrained_head
+from vllm_kvspec.models.draft_head import KVSpecDraftModel
+
+
+def write_head(directory: Path, **fields) -> str:
+    """The bundled head's weights in a head with other ``fields``."""
+    config = KVSpecDraftConfig.from_pretrained(HEAD)
+    head = KVSpecDraftModel(KVSpecDraftConfig.from_dict(config.to_dict() | fields))
+    tensors = load_file(Path(HEAD) / "model.safetensors")
+    if head.draft_token_ids is not None:
+        ids = torch.arange(0, config.vocab_size, 2)[: head.config.draft_vocab_size]
+        head.set_draft_vocabulary(ids)
+        tensors["transition_out.weight"] = tensors["transition_out.weight"][ids]
+    head.load_state_dict(tensors, strict=False)
+    head.save_pretrained(directory)
+    return str(directory)
+
+
+@pytest.mark.parametrize(
+    ("fields", "names"),
+    [
+        pytest.param(dict(context="kv", drafting="autoregressive"), ("greedy", "sampled"), id="kv-autoregressive"),
+        pytest.param(dict(drafting="autoregressive"), ("greedy", "sampled", "mixed"), id="hybrid-autoregressive"),
+        pytest.param(dict(transition_rank=0), ("greedy",), id="no-bias"),
+        pytest.param(dict(draft_vocab_size=2048), ("greedy", "sampled"), id="draft-vocabulary"),
+    ],
+)
+def test_served_with_the_text_of_plain_decoding(make_engine, spec, same, reference, tmp_path, fields, names):
+    head = write_head(tmp_path, **fields)
+    with make_engine(spec(12, model=head, budget="fixed")) as llm:
+        same(generate(llm, [BATCHES[name]() for name in names]), [reference[name] for name in names])
+        counters = spec_counters(llm)
+    assert counters["accepted_tokens"] > 0
+
+
+def test_an_untrained_head_is_served(make_engine, spec, same, reference, tmp_path):
+    head = write_untrained_head(TARGET, str(tmp_path), context="kv", draft_block_size=3, num_hidden_layers=2)
+    with make_engine(spec(model=str(head), budget="fixed", tree=[2, 1])) as llm:
+        same(generate(llm, [BATCHES["greedy"]()]), [reference["greedy"]])
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        (dict(context="hidden", target_kv_layer_ids=[], aux_hidden_state_layer_ids=[1]), "a context cache of its own"),
+        (
+            dict(fusion="gated", num_hidden_layers=1, target_kv_layer_ids=[0], aux_hidden_state_layer_ids=[1]),
+            "fusion 'gated'.*a context cache of its own",
+        ),
+        (dict(context="kv", fusion="projection", target_kv_layer_ids=[0, 1]), "reads a mix of layers \\[0, 1\\]"),
+        (dict(context="kv", fusion="concat", target_kv_layer_ids=[0, 1]), 'train a head with fusion "direct"'),
+    ],
+    ids=["hidden", "gated", "projection", "concat"],
+)
+def test_refused_heads(fields, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        check_servable(KVSpecDraftConfig(**fields))
