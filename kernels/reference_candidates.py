@@ -144,11 +144,44 @@ def tree_candidates(
     Raises:
         ValueError: more levels than rows.
     """
-    return expand(
-        tree_level, depth_logits, anchor, transition_in, transition_out,
-        levels=levels, base=base, idx_mapping=idx_mapping, temperature=temperature, seeds=seeds, coupled=coupled,
-        greedy_scale=greedy_scale, chain=chain, draft_ids=draft_ids,
+    depths = torch.arange(len(levels), device=base.device)
+    noise = _noise(base, depths, idx_mapping, temperature, seeds, coupled, draft_ids, depth_logits.shape[-1])
+    return expand_tree(
+        depth_logits, anchor, transition_in, transition_out, noise,
+        ranking_scale(temperature[idx_mapping], coupled, greedy_scale),
+        levels=levels, chain=None if chain is None else chain[idx_mapping] != 0, draft_ids=draft_ids,
     )  # fmt: skip
+
+
+def expand_tree(
+    depth_logits: torch.Tensor,
+    anchor: torch.Tensor,
+    transition_in: torch.Tensor | None,
+    transition_out: torch.Tensor | None,
+    noise: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    *,
+    levels: Sequence[Level],
+    chain: torch.Tensor | None = None,
+    draft_ids: torch.Tensor | None = None,
+) -> Candidates:
+    """``tree_candidates`` with ``noise`` [B, G, Vd], ``scale`` [B] (None: none, 1) and ``chain`` bool [B] given."""
+
+    def given_level(logits, parents, *transition, depth, **options):
+        return expand_level(logits, parents, *transition, None if noise is None else noise[:, depth], scale, **options)
+
+    return expand(
+        given_level, depth_logits, anchor, transition_in, transition_out,
+        levels=levels, chain=chain, draft_ids=draft_ids,
+    )  # fmt: skip
+
+
+def _noise(base, depths, idx_mapping, temperature, seeds, coupled, draft_ids, num_entries) -> torch.Tensor | None:
+    """fp32 [B, len(depths), num_entries], or None when no request is to have any."""
+    if not coupled or not temperature[idx_mapping].any():
+        return None
+    tokens = torch.arange(num_entries, device=base.device) if draft_ids is None else draft_ids
+    return gumbel_noise_at(seeds, temperature, base.long()[:, None] + depths, idx_mapping, tokens)
 
 
 def tree_level(
@@ -187,13 +220,10 @@ def tree_level(
 
     Scores of entries with logit -inf are -inf, their tokens any valid ones. Logits must not be NaN or +inf.
     """
-    scale = ranking_scale(temperature[idx_mapping], coupled, greedy_scale)
-    noise = None
-    if coupled:
-        tokens = torch.arange(logits.shape[-1], device=logits.device) if draft_ids is None else draft_ids
-        noise = gumbel_noise_at(seeds, temperature, (base.long() + depth)[:, None], idx_mapping, tokens)[:, 0]
+    noise = _noise(base, depth, idx_mapping, temperature, seeds, coupled, draft_ids, logits.shape[-1])
     return expand_level(
-        logits, parents, transition_in, transition_out, noise, scale,
+        logits, parents, transition_in, transition_out, None if noise is None else noise[:, 0],
+        ranking_scale(temperature[idx_mapping], coupled, greedy_scale),
         level=level, chain=None if chain is None else chain[idx_mapping] != 0, draft_ids=draft_ids,
         candidates=candidates, offset=offset,
     )  # fmt: skip
@@ -222,10 +252,9 @@ def expand_level(
         scores = scores + noise.unsqueeze(1)
     if scale is not None:
         scores = scores / scale.view(-1, 1, 1)
-    best, entry = scores.topk(level.width, dim=-1)
-    log_prob = best - scores.logsumexp(dim=-1, keepdim=True)
-    # Without any finite score the difference is NaN, which sorts first.
-    log_prob = log_prob.masked_fill(best == float("-inf"), float("-inf"))
+    log_prob, entry = scores.log_softmax(dim=-1).topk(level.width, dim=-1)
+    # Without any finite score they are NaN, which sorts first.
+    log_prob = log_prob.masked_fill(log_prob.isnan(), float("-inf"))
     score = (parents.score.unsqueeze(-1) + log_prob).flatten(1)
     token = (entry if draft_ids is None else draft_ids[entry]).flatten(1)
     if chain is not None:

@@ -204,7 +204,8 @@ def _select_kernel(
     taken = tl.zeros([PARENTS, SPLITS], tl.int32)
     top = tl.max(head, 1)
     shift = tl.where(top == float("-inf"), 0.0, top)
-    log_sum = shift + tl.log(tl.sum(sums * tl.exp(head - shift[:, None]), 1))
+    total = tl.sum(sums * tl.exp(head - shift[:, None]), 1)
+    log_sum = shift + tl.log(tl.where(top == float("-inf"), 1.0, total))
     parent_score = tl.load(parent_score_ptr + b * num_parents + parent, mask=in_parents, other=float("-inf"))
 
     rank = tl.arange(0, BLOCK_WIDTH)

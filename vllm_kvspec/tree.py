@@ -9,14 +9,8 @@ from collections.abc import Sequence
 
 import torch
 
-from vllm_kvspec.kernels.reference_candidates import (
-    Candidates,
-    Level,
-    expand,
-    expand_level,
-    plan_levels,
-    ranking_scale,
-)
+from vllm_kvspec.kernels import reference_candidates
+from vllm_kvspec.kernels.reference_candidates import Candidates, Level, plan_levels, ranking_scale
 
 __all__ = [
     "MAX_NODES",
@@ -132,8 +126,6 @@ def expand_tree(
 ) -> Candidates:
     """Candidates of a tree in torch: the best ``width`` children of the best ``beam`` nodes of each level.
 
-    ``kernels.tree_candidates`` with the noise and scale given instead of computed.
-
     depth_logits: [B, G, V], the LM head's output per depth, without bias.
     anchor: [B] int64, the root's token.
     transition_in, transition_out: [V, r] each, the factors of the transition bias, or None.
@@ -145,9 +137,7 @@ def expand_tree(
     parent among the M candidates, -1 for the root), in level order.
     """
 
-    def tree_level(logits, parents, *transition, depth, **options):
-        level_noise = None if noise is None else noise[:, depth]
-        return expand_level(logits, parents, *transition, level_noise, scale, **options)
-
     levels = plan_levels(depth_logits.shape[1], beam, width)
-    return expand(tree_level, depth_logits, anchor, transition_in, transition_out, levels=levels, chain=chain)
+    return reference_candidates.expand_tree(
+        depth_logits, anchor, transition_in, transition_out, noise, scale, levels=levels, chain=chain
+    )
