@@ -21,7 +21,7 @@ from vllm.distributed import cleanup_dist_env_and_memory, init_distributed_envir
 from vllm_kvspec.engine.draft_logits import DraftLogits
 from vllm_kvspec.engine.draft_model import KVSpecDraftModel
 from vllm_kvspec.engine.drafter import Drafter
-from vllm_kvspec.engine.target_kv import PagedLayer
+from vllm_kvspec.engine.target_kv import PagedLayer, empty_layers
 from vllm_kvspec.kernels.reference import gumbel_noise
 from vllm_kvspec.kernels.reference_draft_inputs import DraftRows
 from vllm_kvspec.models import draft_head
@@ -164,6 +164,26 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(head, target, tmp_path):
     padded = DraftRows(*(None if c is None else torch.cat((c[:1], torch.zeros_like(c[:3]))) for c in rows))
     for tree, one in zip(together, drafter.trees(padded, False), strict=True):
         assert torch.equal(tree[:1], one[:1])
+
+
+@torch.no_grad()
+def test_a_small_tree_needs_no_deeper_level(head, target, tmp_path):
+    """A chain of two is the beginning of the longest one."""
+    keys = dict(tree="chain", parents=None)
+    short, rows, _ = serve(head, target, tmp_path, num_speculative_tokens=2, **keys)
+    full, _, _ = serve(head, target, tmp_path, num_speculative_tokens=BLOCK, **keys)
+    assert len(short.levels) == 2
+    assert torch.equal(short.trees(rows, False)[0], full.trees(rows, False)[0][:, :2])
+
+
+@torch.no_grad()
+def test_the_pass_that_measures_memory_needs_no_kv_cache(head, target, tmp_path):
+    drafter, rows, _ = serve(head, target, tmp_path)
+    drafter.bind(empty_layers(2, 2, 16, torch.float32, torch.device("cpu")), [torch.zeros(4, 1, dtype=torch.int32)])
+    padding = DraftRows(*(None if c is None else torch.zeros_like(c) for c in rows))
+    tokens, parent, *_ = drafter.trees(padding, False)
+    assert ((tokens >= 0) & (tokens < VOCAB)).all()
+    assert (parent[:, 1:] < torch.arange(1, NODES + 1)).all()
 
 
 @torch.no_grad()

@@ -37,10 +37,11 @@ class Drafter:
         self.num_nodes = config.num_speculative_tokens
         self.parents = config.parents
         device = head.norm.weight.device
-        block_size = head.config.draft_block_size
+        # No node of a tree can be deeper than the tree has nodes.
+        depth = min(head.config.draft_block_size, self.num_nodes)
         # A chain is the tree of one child per node.
         beam, width = (1, 1) if config.tree == "chain" else (TREE_BEAM, config.tree_width)
-        self.levels, self.chain_levels = plan_levels(block_size, beam, width), plan_levels(block_size, 1, 1)
+        self.levels, self.chain_levels = plan_levels(depth, beam, width), plan_levels(depth, 1, 1)
         if self.parents:
             self.levels, self.fixed_nodes = fixed_levels(self.parents, device)
             shape = ([0, *self.parents], depths(self.parents))
