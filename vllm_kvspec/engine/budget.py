@@ -175,8 +175,8 @@ def accepted_by_nodes(profile: Mapping[Any, float]) -> list[float]:
     in_range = points and points[0][0] >= 1 and points[-1][0] <= MAX_NODES
     if not in_range or taus[0] < 1 or taus[-1] <= 1 or taus != sorted(taus):
         raise ValueError(
-            f"A head's acceptance_profile must give tau by number of nodes in 1..{MAX_NODES}, at least 1, not falling and "
-            f"ending above 1; got {dict(profile)}. Write what `vllm-kvspec eval` measured, or leave it out."
+            f"A head's acceptance_profile must give tau by number of nodes in 1..{MAX_NODES}, at least 1, not falling "
+            f"and ending above 1; got {dict(profile)}. Write what `vllm-kvspec eval` measured, or leave it out."
         )
     xs, ys = [0, *(nodes for nodes, _ in points)], [0.0, *(tau - 1 for tau in taus)]
     return [_interpolate(xs, ys, n) if n < xs[-1] else ys[-1] for n in range(MAX_NODES + 1)]

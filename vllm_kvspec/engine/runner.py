@@ -12,6 +12,7 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
 from vllm_kvspec.engine import ops
+from vllm_kvspec.engine.decode_graphs import cover_query_lengths
 from vllm_kvspec.engine.sampler import TreeRejectionSampler
 from vllm_kvspec.engine.step_costs import MeasuresStepCosts
 from vllm_kvspec.engine.target_kv import cache_classes, check_groups
@@ -68,6 +69,8 @@ class KVSpecRunnerMixin(MeasuresStepCosts):
     def initialize_kv_cache(self, kv_cache_config, *args, **kwargs) -> None:
         check_groups(kv_cache_config)
         super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
+        if self.cudagraph_manager is not None:
+            cover_query_lengths(self.cudagraph_manager)
         context = self.compilation_config.static_forward_context
         self.cache_classes = cache_classes(self.kv_cache_config, context)
         self.speculator.bind_target_kv(self.kv_cache_config, context)
