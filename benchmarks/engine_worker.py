@@ -145,7 +145,7 @@ def measure(llm, clock: PhaseClock, job: dict[str, Any], batch: int, context: in
 
 
 def greedy_tokens(llm, job: dict[str, Any]) -> list[dict[str, Any]]:
-    """Token ids and top-2 log-probabilities per position of a few greedy requests."""
+    """Prompt, token ids and top-2 log-probabilities per position of a few greedy requests."""
     from vllm import SamplingParams
 
     check = job["parity"]
@@ -157,6 +157,7 @@ def greedy_tokens(llm, job: dict[str, Any]) -> list[dict[str, Any]]:
     )
     return [
         {
+            "prompt": output.prompt_token_ids,
             "token_ids": list(output.outputs[0].token_ids),
             "logprobs": [{str(t): e.logprob for t, e in step.items()} for step in output.outputs[0].logprobs],
         }

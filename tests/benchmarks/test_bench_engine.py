@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-TOKENS = [{"token_ids": [5, 6, 7], "logprobs": [{"5": -0.1}, {"6": -1.0, "9": -1.1}, {"7": -0.2}]}]
+TOKENS = [{"prompt": [1, 2], "token_ids": [5, 6, 7], "logprobs": [{"5": -0.1}, {"6": -1.0, "9": -1.1}, {"7": -0.2}]}]
 
 
 @pytest.fixture
