@@ -26,8 +26,10 @@ from vllm_kvspec.models.target import TargetView, head_logits, view_target
 from vllm_kvspec.tree import MAX_NODES, num_candidates, ranking_scale
 
 GREEDY, COUPLED, UNCOUPLED, REJECTION = MODES = ("greedy", "coupled", "uncoupled", "rejection")
-# A batch of anchors holds [A, G, V] logits and noise; this many values keep it within some 100 MB.
+# A batch of anchors holds [A, G, V] logits and noise; this many values keep it within some 100 MB. Its rows attend to
+# each other under a mask, at a cost that grows with their square.
 VALUES_PER_BATCH = 1 << 22
+ROWS_PER_BATCH = 1 << 9
 
 
 def modes_at(temperature: float) -> tuple[str, ...]:
@@ -139,11 +141,12 @@ def next_token_log_probs(
 
 
 def _batches(text: Text, head: KVSpecDraftModel, device: torch.device) -> list[torch.Tensor]:
-    """The text's anchors in batches of neighbours."""
+    """The text's anchors in batches of neighbours; smaller ones for autoregressive heads, whose trees run every path."""
     block = head.config.draft_block_size
     base = anchor_positions(text, block).to(device)
-    size = max(1, VALUES_PER_BATCH // (block * head.config.vocab_size))
-    return list(base.split(min(size, 64))) if len(base) else []
+    rows = ROWS_PER_BATCH // (1 if head.config.drafting == "block" else 4)
+    size = min(VALUES_PER_BATCH // (block * head.config.vocab_size), rows // block)
+    return list(base.split(max(1, size))) if len(base) else []
 
 
 def text_survival(
