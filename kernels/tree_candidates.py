@@ -267,9 +267,10 @@ def _select_kernel(
 
 def tile_config(num_rows: int, dtype: torch.dtype) -> dict[str, int]:
     """ROWS, BLOCK_RANK, num_warps and num_stages of the first kernel for ``num_rows`` rows in the batch."""
-    rows = min(max(16, triton.next_power_of_2(num_rows)), 64)
+    # fp32 products run on the plain cores, which keep both factors of a tile in registers.
     wide = dtype == torch.float32
-    return dict(ROWS=rows, BLOCK_RANK=32 if wide else 64, num_warps=4 if rows == 16 else 8, num_stages=3)
+    rows = min(max(16, triton.next_power_of_2(num_rows)), 32 if wide else 64)
+    return dict(ROWS=rows, BLOCK_RANK=16 if wide else 64, num_warps=8 if wide or rows > 16 else 4, num_stages=3)
 
 
 def tree_level(
@@ -313,7 +314,9 @@ def tree_level(
         *(torch.empty(next_shape, dtype=dtype, device=device) for dtype in (torch.int64, torch.float32, torch.int32))
     )
     if batch > 0:
-        config = tile_config(batch * triton.next_power_of_2(num_rows), logits.dtype)
+        config = tile_config(
+            batch * triton.next_power_of_2(num_rows), transition_in.dtype if has_bias else logits.dtype
+        )
         parents_per_tile = min(triton.next_power_of_2(num_rows), config["ROWS"])
         tiles = triton.cdiv(batch * parents_per_tile, config["ROWS"]) * triton.cdiv(num_rows, parents_per_tile)
         _child_scores_kernel[(tiles, num_splits)](
