@@ -66,7 +66,7 @@ def prepare(tmp_path, monkeypatch):
         arguments = f"--target_model {TARGET} --data_path {data} --output {output} --prompt_length 12 --batch_size 1"
         try:
             main(
-                ["prepare", *arguments.split(), "--max_new_tokens", "12", "--max_length", "256"]
+                ["prepare", *arguments.split(), "--max_new_tokens", "8", "--max_length", "256"]
                 + ["--temperatures", "0", "1", "--engine_args", json.dumps(ENGINE)]
             )
         finally:
