@@ -141,7 +141,7 @@ def next_token_log_probs(
 
 
 def _batches(text: Text, head: KVSpecDraftModel, device: torch.device) -> list[torch.Tensor]:
-    """The text's anchors in batches of neighbours; smaller ones for autoregressive heads, whose trees run every path."""
+    """The text's anchors in batches of neighbours, smaller where every path of a tree has rows of its own."""
     block = head.config.draft_block_size
     base = anchor_positions(text, block).to(device)
     rows = ROWS_PER_BATCH // (1 if head.config.drafting == "block" else 4)

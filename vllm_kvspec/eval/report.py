@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The eval command: acceptance of a head over held-out prompts and its bottlenecks, as tables, json and plots."""
 
-import importlib.metadata
 import json
 import math
-import platform
 from dataclasses import asdict
 from pathlib import Path
 
@@ -19,6 +17,7 @@ from vllm_kvspec.eval.plots import plot_acceptance, plot_tau
 from vllm_kvspec.eval.texts import Text, cached_texts, digest, repeated_share, weights_sha256
 from vllm_kvspec.models.draft_head import KVSpecDraftModel
 from vllm_kvspec.train.data import cut_prompts, load_texts
+from vllm_kvspec.train.record import versions
 from vllm_kvspec.train.run import load_target
 
 # Attention maps and gradients are averages over thousands of rows after a few texts already.
@@ -60,7 +59,7 @@ def measure(
     report = {
         "conditions": {
             "command": command,
-            "versions": _versions(),
+            "versions": versions(),
             "device": _device_name(target.device),
             "target": {
                 "name": target_model,
@@ -101,11 +100,6 @@ def measure(
             report["bottlenecks"] = _rounded(bottlenecks(head, target, texts[:BOTTLENECK_TEXTS], temperature))
             print_bottlenecks(report["bottlenecks"])
     return report
-
-
-def _versions() -> dict[str, str]:
-    names = ("vllm-kvspec", "torch", "transformers")
-    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in names}}
 
 
 def _device_name(device: torch.device) -> str:
