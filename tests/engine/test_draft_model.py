@@ -26,7 +26,7 @@ def drafts(monkeypatch) -> list[tuple[int, torch.Tensor, torch.Tensor]]:
     original = Drafter.trees
 
     def trees(self, rows, with_chains):
-        candidates = self._expansion(rows)(levels=self.levels)
+        candidates = self.expansion(rows)(levels=self.levels)
         seen.append((int(rows.base[0]), candidates.score[0].clone(), candidates.token[0].clone()))
         return original(self, rows, with_chains)
 

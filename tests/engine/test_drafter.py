@@ -143,7 +143,7 @@ def head(request, target, tmp_path):
 @pytest.mark.parametrize("coupled", [True, False])
 def test_candidates_are_those_of_the_definition(head, target, tmp_path, coupled):
     drafter, rows, ids = serve(head, target, tmp_path, draft_noise="coupled" if coupled else "none")
-    found = drafter._expansion(rows)(levels=drafter.levels)
+    found = drafter.expansion(rows)(levels=drafter.levels)
     scale = ranking_scale(TEMPERATURES, coupled, head.config.greedy_scale)
     noise = None
     if coupled:
@@ -198,7 +198,7 @@ def test_fixed_shapes_with_chains(target, tmp_path, drafting):
     assert parent.tolist() == [[0, *parents], [0, *range(NODES)], [0, *range(NODES)], [0, *parents]]
     assert depth[0].tolist() == depths(parents)
     free, _, _ = serve(head, target, tmp_path)
-    best = free._expansion(rows)(levels=free.levels)
+    best = free.expansion(rows)(levels=free.levels)
     assert torch.equal(tokens[0, :2], best.token[0, :2])
     children = best.token[0, best.parent[0] == 0]
     assert tokens[0, 2:4].tolist() == children[:2].tolist()

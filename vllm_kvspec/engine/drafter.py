@@ -60,7 +60,7 @@ class Drafter:
         Only a tree of fixed shape asks for ``with_chains``: then chains are drafted as well. The other trees take them
         from ``rows.chain``.
         """
-        expand = self._expansion(rows)
+        expand = self.expansion(rows)
         if self.parents is None:
             return ops.tree_build(*expand(levels=self.levels, chain=rows.chain), self.num_nodes)
         batch = len(rows.base)
@@ -76,7 +76,7 @@ class Drafter:
         is_chain = rows.chain[:, None] != 0
         return tuple(torch.where(is_chain, chain, other) for chain, other in zip(chains, fixed, strict=True))
 
-    def _expansion(self, rows: DraftRows) -> Expand:
+    def expansion(self, rows: DraftRows) -> Expand:
         """Candidates of the rows' trees as a function of levels and chains."""
         options = dict(
             base=rows.base,
