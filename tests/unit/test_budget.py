@@ -138,6 +138,9 @@ def test_acceptance_learns_the_scale_of_the_profile():
     # Half of the profile's 2 at 8 nodes, so about half of its 3 at 16 as well.
     assert acceptance.accepted(8) == pytest.approx(1.0, abs=0.08)
     assert acceptance.accepted(16) == pytest.approx(1.5, abs=0.12)
+    for _ in range(3000):
+        acceptance.observe(8, 4)
+    assert acceptance.accepted(8) == pytest.approx(4.0, abs=0.1)
 
 
 def test_no_more_nodes_accepted_than_there_are():
