@@ -4,8 +4,7 @@
     python examples/study/run.py --target_model TARGET --data_path rows.jsonl --held_out held_out.jsonl \
         --output_dir study --seeds 0 1
 
-Each head goes to OUTPUT_DIR/NAME/seed-S with its ``training.json`` and ``eval.json``; ``vllm-kvspec compare`` reads the
-latter. Several of these may run side by side with ``--part I/N``.
+Each head goes to OUTPUT_DIR/NAME/seed-S with its ``training.json`` and its report, which ``vllm-kvspec compare`` reads. Several of these may run side by side with ``--part I/N``.
 """
 
 import argparse
@@ -44,7 +43,7 @@ def train(args: argparse.Namespace, settings: dict, seed: int, directory: Path) 
 
 def evaluate(args: argparse.Namespace, name: str, directory: Path) -> None:
     """Measure one head unless it has been."""
-    report = directory / "eval.json"
+    report = directory / args.report
     if report.exists():
         return
     where = ["--target_model", args.target_model, "--draft_model", str(directory), "--data_path", *args.held_out]
@@ -62,6 +61,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--part", default="0/1", help="I/N: every N-th run from the I-th, to share the work")
     parser.add_argument("--steps", nargs="+", choices=["train", "eval"], default=["train", "eval"])
+    parser.add_argument("--report", default="eval.json", help="name of each head's report")
     parser.add_argument("--eval_flags", nargs=argparse.REMAINDER, default=[], help="the rest goes to `eval`")
     args = parser.parse_args()
     recipes = yaml.safe_load(args.recipes.read_text())
