@@ -4,7 +4,8 @@
     python examples/study/run.py --target_model TARGET --data_path rows.jsonl --held_out held_out.jsonl \
         --output_dir study --seeds 0 1
 
-Each head goes to OUTPUT_DIR/NAME/seed-S with its ``training.json`` and its report, which ``vllm-kvspec compare`` reads. Several of these may run side by side with ``--part I/N``.
+Each head goes to OUTPUT_DIR/NAME/seed-S with its ``training.json`` and its report, which ``vllm-kvspec compare`` reads.
+Several of these may run side by side with ``--part I/N``.
 """
 
 import argparse
