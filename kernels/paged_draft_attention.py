@@ -96,6 +96,24 @@ def _paged_draft_attention_kernel(
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
 
+    qk_scale = scale * LOG2_E
+    # The block's own keys come first, while no context tile is in flight: after the loop they would spill. Only cached
+    # values carry v_scale, which multiplies everything at the end.
+    if split == 0:
+        for first in tl.range(0, BLOCK_ROWS, BLOCK_G, num_stages=1):
+            key = first + tl.arange(0, BLOCK_G)
+            in_block = key < BLOCK_ROWS
+            k_row = b * stride_kb_b + key.to(tl.int64) * stride_kb_g + kv_head * stride_kb_h
+            v_row = b * stride_vb_b + key.to(tl.int64) * stride_vb_g + kv_head * stride_vb_h
+            k_mask, v_mask = in_block[None, :] & in_dim[:, None], in_block[:, None] & in_dim[None, :]
+            k = tl.load(k_block_ptr + k_row[None, :] + dim[:, None], mask=k_mask, other=0.0)
+            v = tl.load(v_block_ptr + v_row[:, None] + dim[None, :], mask=v_mask, other=0.0)
+            visible = in_block[None, :] & live[:, None]
+            if CAUSAL:
+                visible = visible & (key[None, :] <= g[:, None])
+            row_max, row_sum, acc = softmax_step(q, k, v, visible, row_max, row_sum, acc, qk_scale, True)
+        acc = acc / scalar(v_scale, V_SCALE_TENSOR)
+
     first_key = 0
     if WINDOW > 0:
         # Query 0 is at position context_len and sees the lowest key of all.
@@ -113,7 +131,6 @@ def _paged_draft_attention_kernel(
     k_ptr = k_cache_ptr + kv_head * stride_k_h
     v_ptr = v_cache_ptr + kv_head * stride_v_h
     table_ptr = block_table_ptr + b * stride_table_b
-    qk_scale = scale * LOG2_E
     context_scale = qk_scale * scalar(k_scale, K_SCALE_TENSOR)
     for tile in range(begin, full_end):
         keys = tile * TILE + tl.arange(0, TILE)
@@ -133,21 +150,7 @@ def _paged_draft_attention_kernel(
         if WINDOW > 0:
             visible = visible & (context_len + g[:, None] - keys[None, :] < WINDOW)
         row_max, row_sum, acc = softmax_step(q, k, v, visible, row_max, row_sum, acc, context_scale, True)
-    # Only cached values carry v_scale; later rescaling of acc commutes with it.
     acc = acc * scalar(v_scale, V_SCALE_TENSOR)
-
-    if split == 0:
-        key = tl.arange(0, BLOCK_G)
-        in_block = key < BLOCK_ROWS
-        k_row = b * stride_kb_b + key.to(tl.int64) * stride_kb_g + kv_head * stride_kb_h
-        v_row = b * stride_vb_b + key.to(tl.int64) * stride_vb_g + kv_head * stride_vb_h
-        k_mask, v_mask = in_block[None, :] & in_dim[:, None], in_block[:, None] & in_dim[None, :]
-        k = tl.load(k_block_ptr + k_row[None, :] + dim[:, None], mask=k_mask, other=0.0)
-        v = tl.load(v_block_ptr + v_row[:, None] + dim[None, :], mask=v_mask, other=0.0)
-        visible = in_block[None, :] & live[:, None]
-        if CAUSAL:
-            visible = visible & (key[None, :] <= g[:, None])
-        row_max, row_sum, acc = softmax_step(q, k, v, visible, row_max, row_sum, acc, qk_scale, True)
 
     out_offset = b * stride_out_b + g.to(tl.int64) * stride_out_g + head * stride_out_h
     part_row = (b * BLOCK_ROWS + g) * (NUM_KV_HEADS * GROUP) + head
@@ -220,7 +223,7 @@ def paged_draft_attention(
         V_SCALE_TENSOR=torch.is_tensor(v_scale),
         SPLITS=splits,
         BLOCK_D=triton.next_power_of_2(head_dim),
-        BLOCK_G=max(16, triton.next_power_of_2(block_rows)),
+        BLOCK_G=min(config["TILE"], max(16, triton.next_power_of_2(block_rows))),
         **config,
     )
     if splits > 1:
