@@ -22,8 +22,8 @@ def make_case(
     """A batch with temperatures 0, 1, 0.7 and 1.6 in turn. ``entries``: size of a reduced draft vocabulary."""
     gen = torch.Generator().manual_seed(seed)
     ids = torch.randperm(vocab, generator=gen)[: entries or vocab].sort().values
-    # Rows of a wider, padded buffer: no stride is what it would be by default.
-    wide = torch.randn(batch, block + 1, len(ids) + 5, generator=gen).mul(3).to(dtype)
+    # Rows of a wider, padded buffer: no stride is what it would be by default. All below 0, which a masked load gives.
+    wide = torch.randn(batch, block + 1, len(ids) + 5, generator=gen).mul(3).sub(30).to(dtype)
     factors = None, None
     if rank:
         factors = tuple(torch.randn(n, rank, generator=gen).mul(0.4).to(dtype) for n in (vocab, len(ids)))
