@@ -18,10 +18,12 @@ def plot_panels(path: Path, panels: dict[str, Curves], x: dict[str, list] | None
     figure = Figure(figsize=(5 * len(panels), 4), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
     for axis, (title, curves) in zip(axes, panels.items(), strict=True):
-        for name, (values, errors) in curves.items():
+        for index, (name, (values, errors)) in enumerate(curves.items()):
             # None becomes NaN, which is left out.
             y, yerr = (None if part is None else np.array(part, dtype=float) for part in (values, errors))
-            axis.errorbar(range(len(values)), y, yerr=yerr, marker="o", capsize=2, label=name)
+            # There are ten colours.
+            style = ("-", "--", ":")[index // 10 % 3]
+            axis.errorbar(range(len(values)), y, yerr=yerr, marker="o", linestyle=style, capsize=2, label=name)
         longest = max((len(values) for values, _ in curves.values()), default=0)
         axis.set_xticks(range(longest), x[title] if x else None)
         axis.set(title=title, xlabel=xlabel)
