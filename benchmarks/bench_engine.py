@@ -94,7 +94,7 @@ def engine_arguments(arguments: argparse.Namespace, models: dict[str, str], spec
         "speculative_config": spec,
     }
     if arguments.device == "cpu":
-        engine |= {"enforce_eager": True, "kv_cache_memory_bytes": 64 << 20, "block_size": 32 if spec is None else 16}
+        engine |= {"enforce_eager": True, "kv_cache_memory_bytes": 64 << 20, "block_size": 32}
     return engine | arguments.engine
 
 
@@ -192,7 +192,7 @@ def check_and_measure(arguments: argparse.Namespace, models: dict[str, str], dir
 def job(arguments: argparse.Namespace, models: dict[str, str], method: str, more: dict[str, Any], **keys) -> dict:
     """What a worker process does; ``more`` are further keys of its speculative config."""
     spec = speculative_config(method, arguments, models)
-    plain_on_cpu = spec is None and arguments.device == "cpu"
+    plain_on_cpu = arguments.device == "cpu" and not method.startswith("kvspec")
     return {
         "engine": engine_arguments(arguments, models, spec and spec | more),
         "worker_cls": "engine_worker_cpu.PlainCPUWorker" if plain_on_cpu else None,
