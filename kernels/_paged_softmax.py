@@ -169,9 +169,11 @@ def tile_config(rows: int, q: torch.Tensor, at_least: int = 1) -> dict[str, int]
     # GPU, spills with any.
     most = (32 if ampere else 64) if wide else 128
     block_m = max(min(max(16, triton.next_power_of_2(rows)), most), triton.next_power_of_2(at_least))
-    tile = 32 if wide or ampere else 64
+    # Few rows: ptxas spills a register or two of a tile of 64 keys; a third stage keeps as many keys in flight.
+    small = block_m == 16 and not wide
+    tile = 32 if wide or ampere or small else 64
     num_warps = 8 if block_m >= (64 if ampere else 128) or head_dim > 128 else 4
-    return dict(BLOCK_M=block_m, TILE=tile, num_warps=num_warps, num_stages=2)
+    return dict(BLOCK_M=block_m, TILE=tile, num_warps=num_warps, num_stages=3 if small else 2)
 
 
 def num_splits(programs: int, max_keys: int, device: torch.device) -> int:

@@ -1,41 +1,69 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compile the shipped kernel configurations for one GPU architecture without a GPU: ``compile_offline.py 90 all``.
+"""Compile kernel variants for one GPU generation without a GPU: ``compile_offline.py 90 pairs [SHARD SHARDS]``.
 
-Run as a script (test_compile.py does), since TRITON_INTERPRET must be unset before triton is imported. The real
-launchers are called with CPU tensors of a real model's shapes, a driver that only names a target is active, and every
-launch is turned into a compilation; so signatures, alignments and constants are those of a launch. Prints one JSON
-object per compiled kernel: scenario, kernel, registers, stack bytes, spill instructions, shared memory bytes. ``core``
-instead of ``all`` compiles one configuration of each kernel.
+Run as a script (test_compile.py and kernel_resources.py do), since TRITON_INTERPRET must be unset before triton is
+imported. The real launchers are called with CPU tensors, a driver that only names a target is active, and every launch
+is turned into a compilation; so signatures, alignments and constants are those of a launch. Prints one JSON object per
+compiled kernel: kernel, variant, registers, stack bytes, spill instructions, shared memory bytes, tensor-core
+instructions. `compile_in_subprocesses` runs it on all cores.
 """
 
+import bisect
 import json
+import os
 import re
+import struct
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 
-import torch
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
-from triton.runtime.jit import JITFunction
+# Shared memory one block may opt in to, in bytes (CUDA programming guide, compute capabilities 8.0, 9.0, 10.0).
+SHARED_MEMORY = {80: 166912, 90: 232448, 100: 232448}
+ROOT = Path(__file__).parents[2]
 
-from vllm_kvspec.kernels import _paged_softmax, gumbel_noise, kv_compact, tree_build, tree_inputs, tree_walk
-from vllm_kvspec.kernels import paged_draft_attention as draft
-from vllm_kvspec.kernels import tree_attention as tree
 
-CORE = ("small", "draft-8-rows-8-splits", "tree-17-rows")
-TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+def compile_in_subprocesses(capability: int, selection: str, python: str = sys.executable) -> list[dict]:
+    """Records of all variants of a selection (see `kernel_variants.select`); RuntimeError if one does not compile."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    paths = [str(ROOT), str(Path(__file__).parent), env.get("PYTHONPATH")]
+    env["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+    shards = len(os.sched_getaffinity(0))
+    command = [python, "-P", __file__, str(capability), selection]
+    started = [
+        subprocess.Popen(
+            [*command, str(shard), str(shards)], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for shard in range(shards)
+    ]
+    records = []
+    for process in started:
+        output, errors = process.communicate()
+        if process.returncode:
+            raise RuntimeError(errors[-4000:])
+        records += [json.loads(line) for line in output.splitlines()]
+    return records
+
+
+def problem(record: dict) -> str | None:
+    """Why this compiled kernel must not ship, or None."""
+    if record["stack"] or record["spills"]:
+        return f"spills registers: {record}"
+    if record["shared"] > SHARED_MEMORY[record["sm"]]:
+        return f"needs more shared memory than a block may have: {record}"
+    return None
 
 
 class NamedTarget:
     """The least of a Triton driver: it says which GPU to compile for."""
 
     def __init__(self, capability: int):
+        from triton.backends.compiler import GPUTarget
+
         self.target = GPUTarget("cuda", capability, 32)
 
-    def get_current_target(self) -> GPUTarget:
+    def get_current_target(self) -> object:
         return self.target
 
     def get_current_device(self) -> int:
@@ -45,120 +73,94 @@ class NamedTarget:
         return 0
 
 
-def resources(cubin: bytes) -> dict[str, int]:
-    """Registers, stack bytes and local loads/stores (spills) of a compiled kernel."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        usage, sass = (
-            subprocess.run([TOOLS / tool, *flags, file.name], capture_output=True, text=True, check=True).stdout
-            for tool, flags in (("cuobjdump", ["--dump-resource-usage"]), ("nvdisasm", []))
-        )
-    registers, stack = re.search(r"REG:(\d+)\s+STACK:(\d+)", usage).groups()
-    return dict(registers=int(registers), stack=int(stack), spills=len(re.findall(r"\b(?:LDL|STL)", sass)))
+def compile_instead_of_launch(cubins: dict) -> None:
+    """Make every launch of a Triton kernel add (kernel, cubin, shared bytes) to `cubins` by its hash instead."""
+    from triton.runtime.jit import JITFunction
 
-
-def compile_instead_of_launch(records: list[dict]) -> None:
     run = JITFunction.run
 
     def compile_only(self, *args, grid, warmup, **kwargs):
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
-        records.append(dict(kernel=self.fn.__name__, shared=kernel.metadata.shared, **resources(kernel.asm["cubin"])))
+        cubins.setdefault(kernel.hash, (self.fn.__name__, kernel.asm["cubin"], kernel.metadata.shared))
         return kernel
 
     JITFunction.run = compile_only
 
 
-def ints(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
-    return torch.zeros(shape, dtype=dtype)
+def _tool(name: str, *arguments: str, contents: bytes) -> str:
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(contents)
+        file.flush()
+        return subprocess.run([tool, *arguments, file.name], capture_output=True, text=True, check=True).stdout
 
 
-def longs(*shape: int) -> torch.Tensor:
-    return ints(*shape, dtype=torch.int64)
+def registers_and_stack(cubin: bytes) -> tuple[int, int]:
+    usage = re.search(r"REG:(\d+)\s+STACK:(\d+)", _tool("cuobjdump", "--dump-resource-usage", contents=cubin))
+    return int(usage[1]), int(usage[2])
 
 
-def caches(heads: int, dim: int, dtype: torch.dtype, block_size: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
-    raw = torch.zeros(8, heads, block_size, 2 * dim).to(dtype).transpose(1, 2)
-    return raw[..., :dim], raw[..., dim:]
+def _machine_code(cubin: bytes) -> bytes:
+    """The kernel's instructions: section ``.text.*`` of the ELF file."""
+    (table,) = struct.unpack_from("<Q", cubin, 0x28)
+    size, count, names = struct.unpack_from("<3H", cubin, 0x3A)
+    # Of a section header: name, type, flags, address, offset, size.
+    sections = [struct.unpack_from("<IIQQQQ", cubin, table + i * size) for i in range(count)]
+    for name, _, _, _, offset, length in sections:
+        if cubin.startswith(b".text.", sections[names][4] + name):
+            return cubin[offset : offset + length]
+    raise ValueError("A cubin must hold a section .text.*, found none; was it made by ptxas?")
 
 
-def small_kernels() -> None:
-    requests, nodes = 4, 33
-    tree_inputs.tree_inputs(
-        longs(512), longs(132), ints(requests + 1), longs(requests), ints(256, nodes), longs(256, nodes),
-        batch_mask=longs(256, nodes), batch_len=ints(256), local_pos=ints(132),
-    )  # fmt: skip
-    tree_walk.tree_walk(longs(132), ints(132), ints(256, nodes), ints(requests + 1), longs(requests))
-    for dtype in (torch.bfloat16, torch.uint8):
-        layers = [torch.zeros(8, 8, 16, 256, dtype=dtype) for _ in range(2)]
-        kv_compact.kv_compact(
-            layers, kv_compact.kv_base_ptrs(layers), ints(requests, 64), longs(requests), ints(requests, nodes),
-            ints(requests),
-        )  # fmt: skip
-    for num_nodes in (7, 32, 63):
-        tree_build.tree_build(torch.zeros(requests, 256), longs(requests, 256), ints(requests, 256), num_nodes)
-    gumbel_noise.gumbel_noise(longs(256), torch.zeros(256), longs(requests, 8), longs(requests), 151936)
-
-
-def draft_attention(rows=8, heads=32, kv_heads=8, dim=128, cache_dtype=torch.bfloat16, splits=1, window=0) -> None:
-    draft.num_splits = lambda *_: splits
-    q = torch.zeros(2, rows, heads, dim, dtype=torch.bfloat16)
-    block = torch.zeros(2, rows, kv_heads, dim, dtype=torch.bfloat16)
-    k_scale = 1.0 if cache_dtype == torch.bfloat16 else torch.ones(1)
-    draft.paged_draft_attention(
-        q, *caches(kv_heads, dim, cache_dtype), ints(2, 64), ints(2), block, block,
-        scale=0.1, sliding_window=window, k_scale=k_scale, v_scale=k_scale, out=torch.empty_like(q),
-    )  # fmt: skip
-
-
-def verify_attention(rows=17, heads=32, kv_heads=8, dim=128, cache_dtype=torch.bfloat16, splits=1, window=0) -> None:
-    tree.num_splits = lambda *_: splits
-    q = torch.zeros(2 * rows, heads, dim, dtype=torch.bfloat16)
-    k_scale = 1.0 if cache_dtype == torch.bfloat16 else torch.ones(1)
-    tree.tree_attention(
-        q, *caches(kv_heads, dim, cache_dtype), ints(2, 64), ints(3), ints(2), longs(256, 64), ints(256),
-        scale=0.1, max_query_len=rows, sliding_window=window, k_scale=k_scale, v_scale=k_scale,
-        out=torch.empty_like(q),
-    )  # fmt: skip
-
-
-def scenarios(capability: int) -> dict:
-    """Name to call. group = heads / kv_heads; rows x group sets the tile."""
-    listed = {"small": (small_kernels, {})}
-    for name, call, rows in (("draft", draft_attention, 8), ("tree", verify_attention, 17)):
-        listed |= {
-            f"{name}-one-row": (call, dict(rows=1)),
-            f"{name}-{rows}-rows": (call, dict(rows=rows)),
-            f"{name}-{rows}-rows-8-splits": (call, dict(rows=rows, splits=8)),
-            f"{name}-window": (call, dict(rows=rows, window=4096)),
-            f"{name}-group1": (call, dict(rows=rows, heads=8)),
-            f"{name}-128-row-tile": (call, dict(rows=32)),
-            f"{name}-D64": (call, dict(rows=rows, dim=64)),
-            f"{name}-D80": (call, dict(rows=rows, dim=80)),
-            f"{name}-D256": (call, dict(rows=rows, dim=256)),
-            f"{name}-D256-largest-tile": (call, dict(rows=32, dim=256, splits=8)),
-        }
-        # Triton knows e4m3 from compute capability 8.9 on.
-        if capability >= 89:
-            listed[f"{name}-fp8"] = (call, dict(rows=rows, cache_dtype=torch.float8_e4m3fn))
-    listed["tree-prompt"] = (verify_attention, dict(rows=512))
-    return listed
+def count_instructions(cubins: list[bytes], capability: int) -> list[Counter]:
+    """Instructions of each kernel by name. All are disassembled in one go: starting the tool takes half a second."""
+    codes = [_machine_code(cubin) for cubin in cubins]
+    ends = [sum(map(len, codes[: i + 1])) for i in range(len(codes))]
+    architecture = f"SM{capability}a" if capability >= 90 else f"SM{capability}"
+    listing = _tool("nvdisasm", "--binary", architecture, contents=b"".join(codes))
+    counts = [Counter() for _ in codes]
+    for address, name in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9]*)", listing):
+        counts[bisect.bisect_right(ends, int(address, 16))][name] += 1
+    # Every 16-byte instruction was seen, or the counts mean nothing.
+    assert sum(count.total() for count in counts) == ends[-1] // 16
+    return counts
 
 
 def main() -> None:
+    import kernel_variants
+    from triton.runtime import driver
+
+    from vllm_kvspec.kernels import _paged_softmax
+
     capability, selection = int(sys.argv[1]), sys.argv[2]
+    shard, shards = (int(word) for word in sys.argv[3:5]) if len(sys.argv) > 3 else (0, 1)
     driver.set_active(NamedTarget(capability))
     # CPU tensors stand for tensors on this GPU.
     _paged_softmax._is_ampere = lambda device: capability < 90
-    records: list[dict] = []
-    compile_instead_of_launch(records)
-    for name, (call, options) in scenarios(capability).items():
-        if selection == "core" and name not in CORE:
-            continue
-        records.clear()
-        call(**options)
-        for record in records:
-            print(json.dumps(dict(scenario=name, **record)), flush=True)
+    compiled: dict[str, tuple] = {}
+    compile_instead_of_launch(compiled)
+    # A variant's merge of splits is a variant of its own.
+    merge_splits = _paged_softmax.merge_splits
+    kernel_variants.draft.merge_splits = kernel_variants.tree.merge_splits = lambda *_: None
+    assert kernel_variants._paged_softmax.merge_splits is merge_splits
+    variant_of = {}
+    for variant in kernel_variants.select(capability, selection)[shard::shards]:
+        variant.call(**variant.options)
+        for key in compiled:
+            variant_of.setdefault(key, str(variant))
+    if not compiled:
+        return
+    counts = count_instructions([cubin for _, cubin, _ in compiled.values()], capability)
+    for (key, (name, cubin, shared)), count in zip(compiled.items(), counts, strict=True):
+        registers, stack = registers_and_stack(cubin)
+        record = dict(
+            sm=capability, kernel=name, variant=variant_of[key], registers=registers, stack=stack,
+            spills=count["LDL"] + count["STL"], shared=shared,
+            tensor_cores={op: n for op, n in sorted(count.items()) if op.endswith("MMA")},
+        )  # fmt: skip
+        print(json.dumps(record))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Paged KV caches for the attention tests: several layouts, permuted blocks, NaN wherever nothing was written."""
 
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
+
+# The helpers beside the tests, whatever pytest's import mode.
+sys.path.append(str(Path(__file__).parent))
 
 
 @dataclass

@@ -160,31 +160,8 @@ def test_upper_bound_of_query_length_is_enough(make_paged, dense, device):
     assert relative_error(out, case.truth(dense)) < TOLERANCE[torch.float32]
 
 
-def test_block_stride_beyond_31_bits(device):
-    # A cache view whose last block starts past 2**31 elements: 32-bit offsets would wrap. Only two blocks are touched.
-    block_size, dim = 16, 64
-    far = (1 << 31) // (block_size * dim) + 5
-    raw = torch.zeros(1, dtype=torch.float16, device=device)
-    try:
-        raw = torch.empty((far + 1) * block_size * dim, dtype=torch.float16, device=device)
-    except RuntimeError:
-        pytest.skip(reason="needs 4.3 GB of (untouched) address space")
-    cache = raw.view(far + 1, block_size, 1, dim)
-    rows = torch.randn(20, 1, dim, device=device).half()
-    cache[far, :, 0], cache[2, :4, 0] = rows[:16, 0], rows[16:, 0]
-    one = torch.ones(1, 1, dtype=torch.int64, device=device)
-    args = (
-        torch.randn(1, 2, dim, device=device).half(),
-        cache,
-        cache,
-        torch.tensor([[far, 2]], dtype=torch.int32, device=device),
-        torch.tensor([0, 1], dtype=torch.int32, device=device),
-        torch.tensor([20], dtype=torch.int32, device=device),
-        one,
-        torch.zeros(1, dtype=torch.int32, device=device),
-    )
-    outs = [
-        attention(*args, scale=0.125, max_query_len=1, out=torch.full_like(args[0], float("nan")))
-        for attention in (tree_attention, reference.tree_attention)
-    ]
-    assert relative_error(*outs) < TOLERANCE[torch.float16]
+def test_accumulates_in_fp32(make_paged, dense, device):
+    # Rounding the running output to bf16 after each of 24 key tiles gives 7e-3; rounding only what the products take
+    # in gives 2.3e-3.
+    case = Case(make_paged, device, [(2, 1500, 2)], 4, 1, 64, 16, torch.bfloat16, HND, 0, 2)
+    assert relative_error(case.run(tree_attention), case.truth(dense)) < 4e-3

@@ -1,0 +1,267 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which variants of each kernel the launchers can choose on a GPU, and which of them the compile gate compiles.
+
+A variant is one call of a real launcher. Its features are what the compiled code depends on: the tile that
+`tile_config` picks for the rows and heads, head dimension, dtypes, block size, splits, window and causal block. Every
+number of rows up to `MAX_ROWS` and every group up to `MAX_GROUP` is asked for its tile and each distinct tile kept
+once, so a change of `tile_config` changes the list by itself.
+
+``pairs`` is a covering array: every two features that can occur together do so in some variant; that is what CI
+compiles. ``all`` is the product of everything that decides registers and shared memory (tile, head dimension, cache
+dtype, splits, window, causal block), with the rest covered by the pairs.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import combinations, product
+
+import torch
+import triton
+
+from vllm_kvspec.kernels import (
+    _paged_softmax,
+    gumbel_noise,
+    kv_compact,
+    tree_build,
+    tree_candidates,
+    tree_inputs,
+    tree_walk,
+)
+from vllm_kvspec.kernels import draft_inputs as inputs
+from vllm_kvspec.kernels import paged_draft_attention as draft
+from vllm_kvspec.kernels import reference_candidates as candidates
+from vllm_kvspec.kernels import tree_attention as tree
+
+MAX_ROWS, MAX_GROUP = 64, 16
+HEAD_DIMS = (64, 80, 96, 128, 256)
+BLOCK_SIZES = (16, 32, 64)
+# Query dtype and cache dtype. float32 queries are for tests: correct, but they spill.
+DTYPES = {
+    "bf16": (torch.bfloat16, torch.bfloat16),
+    "fp16": (torch.float16, torch.float16),
+    "fp8": (torch.bfloat16, torch.float8_e4m3fn),
+}
+# What decides registers and shared memory, beside the tile's rows.
+CRITICAL = ("tile", "block keys", "D", "dtype", "splits", "window", "causal")
+
+
+@dataclass(frozen=True)
+class Variant:
+    call: Callable[..., object]
+    options: dict
+    features: dict
+
+    def __str__(self) -> str:
+        return " ".join(f"{name}={value}" for name, value in self.features.items())
+
+
+def ints(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+    return torch.zeros(shape, dtype=dtype)
+
+
+def longs(*shape: int) -> torch.Tensor:
+    return ints(*shape, dtype=torch.int64)
+
+
+def caches(heads: int, dim: int, dtype: torch.dtype, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    raw = torch.zeros(8, heads, block_size, 2 * dim).to(dtype).transpose(1, 2)
+    return raw[..., :dim], raw[..., dim:]
+
+
+def draft_attention(rows, group, dim, dtype, splits, window, causal, block_size, kv_heads=2) -> None:
+    draft.num_splits = lambda *_: splits
+    q_dtype, cache_dtype = DTYPES[dtype]
+    q = torch.zeros(2, rows, group * kv_heads, dim, dtype=q_dtype)
+    block = torch.zeros(2, rows, kv_heads, dim, dtype=q_dtype)
+    draft.paged_draft_attention(
+        q, *caches(kv_heads, dim, cache_dtype, block_size), ints(2, 64), ints(2), block, block,
+        scale=0.1, sliding_window=window, causal=causal, k_scale=torch.ones(1), v_scale=torch.ones(1),
+        out=torch.empty_like(q),
+    )  # fmt: skip
+
+
+def verify_attention(rows, group, dim, dtype, splits, window, block_size, kv_heads=2) -> None:
+    tree.num_splits = lambda *_: splits
+    q_dtype, cache_dtype = DTYPES[dtype]
+    q = torch.zeros(2 * rows, group * kv_heads, dim, dtype=q_dtype)
+    scale = torch.ones(1) if dtype == "fp8" else 1.0
+    tree.tree_attention(
+        q, *caches(kv_heads, dim, cache_dtype, block_size), ints(2, 64), ints(3), ints(2), longs(256, 64), ints(256),
+        scale=0.1, max_query_len=rows, sliding_window=window, k_scale=scale, v_scale=scale, out=torch.empty_like(q),
+    )  # fmt: skip
+
+
+def _group_kind(group: int) -> str:
+    return "1" if group == 1 else "2^n" if group & (group - 1) == 0 else "other"
+
+
+def _tiles(dim: int, dtype: str, is_draft: bool) -> Iterator[tuple[int, int, dict]]:
+    """Rows, group and features of each distinct tile that the launcher can choose."""
+    seen = set()
+    q = torch.empty(1, 1, dim, dtype=DTYPES[dtype][0])
+    for group, rows in product(range(1, MAX_GROUP + 1), range(1, MAX_ROWS + 1)):
+        config = _paged_softmax.tile_config(rows * group, q, at_least=1 if is_draft else group)
+        features = {"tile": config["BLOCK_M"], "group": _group_kind(group)}
+        if is_draft:
+            features["block keys"] = min(config["TILE"], max(16, triton.next_power_of_2(rows)))
+        if tuple(features.values()) not in seen:
+            seen.add(tuple(features.values()))
+            yield rows, group, features
+
+
+def attention_variants(capability: int, is_draft: bool) -> list[Variant]:
+    """The whole product of features for one attention kernel."""
+    variants = []
+    # Triton knows e4m3 from compute capability 8.9 on.
+    dtypes = [dtype for dtype in DTYPES if dtype != "fp8" or capability >= 89]
+    for dim, dtype in product(HEAD_DIMS, dtypes):
+        for rows, group, tile in _tiles(dim, dtype, is_draft):
+            for splits, window, causal, block_size in product((1, 8), (0, 4096), (False, True), BLOCK_SIZES):
+                options = dict(rows=rows, group=group, dim=dim, dtype=dtype, splits=splits, window=window)
+                features = tile | {"D": dim, "dtype": dtype, "splits": splits, "window": window}
+                if is_draft:
+                    options["causal"] = features["causal"] = causal
+                elif causal:
+                    continue
+                options["block_size"] = features["block size"] = block_size
+                variants.append(Variant(draft_attention if is_draft else verify_attention, options, features))
+    return variants
+
+
+def covering_pairs(variants: list[Variant]) -> list[Variant]:
+    """A small subset in which every pair of feature values that occurs in `variants` occurs; greedy, deterministic."""
+    number: dict[tuple, int] = {}
+    bits = []
+    for variant in variants:
+        pairs = combinations(variant.features.items(), 2)
+        bits.append(sum(1 << number.setdefault(pair, len(number)) for pair in pairs))
+    missing, chosen = (1 << len(number)) - 1, []
+    while missing:
+        best = max(range(len(bits)), key=lambda i: (bits[i] & missing).bit_count())
+        chosen.append(variants[best])
+        missing &= ~bits[best]
+    return chosen
+
+
+def critical_product(variants: list[Variant]) -> list[Variant]:
+    """One variant for each combination of the features that decide registers and shared memory."""
+    first: dict[tuple, Variant] = {}
+    for variant in variants:
+        first.setdefault(tuple(variant.features.get(name) for name in CRITICAL), variant)
+    return list(first.values())
+
+
+def small_variants() -> list[Variant]:
+    """The kernels without a choice of tile, at the sizes that change their code, and at the largest ones."""
+    variants = [Variant(_gumbel_noise, {}, {})]
+    variants += [Variant(_draft_inputs, dict(state=state), dict(state=state)) for state in (False, True)]
+    for nodes in (2, 64):
+        variants += [Variant(call, dict(nodes=nodes), dict(nodes=nodes)) for call in (_tree_inputs, _tree_walk)]
+        variants.append(Variant(_tree_build, dict(num_nodes=nodes - 1), dict(nodes=nodes)))
+    for heads, dim, dtype in ((8, 128, torch.bfloat16), (1, 64, torch.uint8), (32, 256, torch.bfloat16)):
+        features = {"KV heads": heads, "D": dim, "dtype": str(dtype).removeprefix("torch.")}
+        variants.append(Variant(_kv_compact, dict(heads=heads, dim=dim, dtype=dtype), features))
+    for dim, splits, padding in ((64, 2, True), (80, 16, False), (128, 16, True), (256, 16, True)):
+        options = dict(dim=dim, splits=splits, padding=padding)
+        variants.append(Variant(_merge_splits, options, {"D": dim, "splits": splits, "padding": padding}))
+    return variants
+
+
+def _tree_inputs(nodes: int) -> None:
+    tree_inputs.tree_inputs(
+        longs(512), longs(256), ints(5), longs(4), ints(256, nodes), longs(256, nodes),
+        batch_mask=longs(256, nodes), batch_len=ints(256), local_pos=ints(256),
+    )  # fmt: skip
+
+
+def _tree_walk(nodes: int) -> None:
+    tree_walk.tree_walk(longs(256), ints(256), ints(256, nodes), ints(5), longs(4))
+
+
+def _tree_build(num_nodes: int) -> None:
+    tree_build.tree_build(torch.zeros(4, 256), longs(4, 256), ints(4, 256), num_nodes)
+
+
+def _kv_compact(heads: int, dim: int, dtype: torch.dtype) -> None:
+    layers = [torch.zeros(2, heads, 16, 2 * dim, dtype=dtype) for _ in range(2)]
+    kv_compact.kv_compact(layers, kv_compact.kv_base_ptrs(layers), ints(4, 64), longs(4), ints(4, 33), ints(4))
+
+
+def _merge_splits(dim: int, splits: int, padding: bool) -> None:
+    parts = _paged_softmax.new_parts(4, 32, splits, dim, torch.device("cpu"))
+    out = torch.zeros(4, 32, dim, dtype=torch.bfloat16)
+    _paged_softmax.merge_splits(parts, out, ints(1) if padding else None)
+
+
+def _gumbel_noise() -> None:
+    gumbel_noise.gumbel_noise(longs(256), torch.zeros(256), longs(4, 8), longs(4), 151936)
+
+
+def _draft_inputs(state: bool) -> None:
+    hidden = torch.zeros(4, 4096, dtype=torch.bfloat16) if state else None
+    rows = inputs.DraftRows(longs(4), ints(4), longs(4), torch.zeros(4), longs(4), ints(4), hidden)
+    inputs.draft_inputs(
+        longs(3), ints(256), longs(256, 1), torch.zeros(256), longs(256), ints(256), num_sampled=ints(3),
+        path=ints(3, 33) if state else None, cu_num_logits=ints(4), logits_indices=longs(99),
+        hidden_states=torch.zeros(512, 4096, dtype=torch.bfloat16), rows=rows, padding_request=255,
+    )  # fmt: skip
+
+
+def candidate_variants() -> list[Variant]:
+    """One level of a tree of candidates, from 151936 logits; a stride of 0 stands for their memory."""
+    parents = {"1": (1, True), "8 sharing logits": (8, True), "8": (8, False)}
+    widths = {"4 ranked": (4, False), "8 at fixed places": (8, True)}
+    variants = []
+    for dtype, batch, (of, (p, shared)), rank, reduced, coupled, (width, (w, fixed)) in product(
+        (torch.bfloat16, torch.float32),
+        (1, 8),
+        parents.items(),
+        (0, 96, 256),
+        (False, True),
+        (False, True),
+        widths.items(),
+    ):
+        options = dict(dtype=dtype, batch=batch, num_parents=p, shared=shared, rank=rank, width=w, fixed=fixed)
+        features = {
+            "dtype": str(dtype).removeprefix("torch."),
+            "batch": batch,
+            "parents": of,
+            "rank": rank,
+            "children": width,
+        }
+        flags = {"reduced": reduced, "coupled": coupled}
+        variants.append(Variant(_tree_level, options | flags, features | flags))
+    return variants
+
+
+def _tree_level(dtype, batch, num_parents, shared, rank, width, fixed, reduced, coupled) -> None:
+    entries = 151936
+    shape = (batch, num_parents)
+    level = candidates.Level(num_parents, width, 8, ints(num_parents * width) if fixed else None)
+    parents = candidates.Parents(longs(*shape), torch.zeros(shape), ints(*shape))
+    transition = torch.zeros(256, rank, dtype=dtype) if rank else None
+    tree_candidates.tree_level(
+        torch.zeros(entries + 128, dtype=dtype).as_strided((*shape, entries), (0, 0 if shared else 16, 1)),
+        parents, transition, transition, level=level, depth=3, base=longs(batch), idx_mapping=longs(batch),
+        temperature=torch.zeros(256), seeds=longs(256), coupled=coupled, greedy_scale=0.5, chain=ints(256),
+        draft_ids=longs(entries) if reduced else None,
+        candidates=candidates.empty_candidates(batch, [level], torch.device("cpu")), offset=0,
+    )  # fmt: skip
+
+
+def largest_tile(variants: list[Variant]) -> Variant:
+    """The first variant of head dimension 128 that fills the largest tile."""
+    return max((v for v in variants if v.features["D"] == 128), key=lambda v: v.features["tile"])
+
+
+def select(capability: int, selection: str) -> list[Variant]:
+    """Variants to compile for one GPU generation; selection is ``largest``, ``pairs`` or ``all``."""
+    if selection == "largest":
+        return [largest_tile(attention_variants(capability, is_draft)) for is_draft in (True, False)]
+    chosen = small_variants() + covering_pairs(candidate_variants())
+    for is_draft in (True, False):
+        variants = attention_variants(capability, is_draft)
+        chosen += covering_pairs(variants)
+        if selection == "all":
+            chosen += critical_product(variants)
+    return chosen
