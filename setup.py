@@ -33,7 +33,7 @@ setup(
     extras_require={
         "test": ["pytest", "hypothesis", "import-linter", "ruff"],
         # transformers.Trainer refuses to start without accelerate.
-        "train": ["accelerate", "datasets"],
+        "train": ["accelerate", "datasets", "matplotlib", "tensorboard"],
         "dev": ["pytest", "hypothesis", "import-linter", "ruff", "pre-commit"],
     },
     entry_points={
