@@ -1,0 +1,248 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The node budget in the engine: text equals plain decoding's while the number of nodes changes from step to step.
+
+The costs come from made-up tables, so that the load of a small test moves the choice through every size.
+"""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+from engine_runner import HEAD, TARGET, generate, sampling_params
+from requests_mix import BATCHES
+from vllm.config import CUDAGraphMode
+from vllm.engine.arg_utils import EngineArgs
+from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
+
+from vllm_kvspec.engine import scheduler as scheduler_module
+from vllm_kvspec.engine import speculative_config, step_costs
+from vllm_kvspec.engine.budget import Acceptance, MeasuredCosts, NodeBudget, Roofline, budget_sizes, graph_schedule
+from vllm_kvspec.engine.decode_graphs import cover_query_lengths
+from vllm_kvspec.engine.scheduler import NodesByLoad
+
+# Plain decoding up to any batch in 1 ms; 4 nodes for up to 5 requests, 8 for up to 2, beyond that ten times the time.
+COSTS = {
+    "steps": {
+        "0": [[1, 0.001], [8, 0.001]],
+        "4": [[1, 0.0011], [5, 0.0011], [6, 0.01], [8, 0.01]],
+        "8": [[1, 0.0012], [2, 0.0012], [3, 0.01], [8, 0.01]],
+    },
+    "context": {"0": 0, "4": 0, "8": 0},
+}
+
+
+@pytest.fixture
+def costs_file(tmp_path) -> str:
+    path = tmp_path / "costs.json"
+    path.write_text(json.dumps(COSTS))
+    return str(path)
+
+
+@pytest.fixture
+def choices(monkeypatch) -> list[tuple[int, int]]:
+    """(batch, nodes) of every step that an in-process engine schedules."""
+    made = []
+    original = NodesByLoad.__getitem__
+
+    def record(self, batch):
+        made.append((batch, original(self, batch)))
+        return made[-1][1]
+
+    monkeypatch.setattr(NodesByLoad, "__getitem__", record)
+    return made
+
+
+def core(llm):
+    return llm.llm_engine.engine_core.engine_core
+
+
+def staggered(name: str, lengths: list[int]) -> list[dict]:
+    """A batch of the mix whose requests end one after the other."""
+    requests = BATCHES[name]()
+    for request, length in zip(requests, lengths, strict=True):
+        request["params"]["max_tokens"] = length
+    return requests
+
+
+def test_text_is_that_of_plain_decoding_while_the_nodes_change(make_engine, spec, costs_file, choices, reference):
+    """Eight requests thin out to two, then six more arrive: 0, 4 and 8 nodes, back to 0, and up again."""
+    waves = {"greedy": [3, 4, 5, 8, 14, 18, 32, 32], "sampled": [4, 5, 6, 8, 32, 32]}
+    second_wave_at = 0
+    done = {}
+    with make_engine(spec(8, budget_costs=costs_file)) as llm:
+        engine = llm.llm_engine
+
+        def add(name: str) -> None:
+            for i, request in enumerate(staggered(name, waves[name])):
+                prompt = {"prompt_token_ids": request["prompt"]}
+                engine.add_request(f"{name}/{i}", prompt, sampling_params(request["params"]))
+
+        add("greedy")
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                if output.finished:
+                    done[output.request_id.rsplit("-", 1)[0]] = list(output.outputs[0].token_ids)
+            if not second_wave_at and choices and choices[-1][1] == 8:
+                second_wave_at = len(choices)
+                add("sampled")
+        acceptance = core(llm).scheduler.budget.acceptance
+    for name, lengths in waves.items():
+        for i, length in enumerate(lengths):
+            assert done[f"{name}/{i}"] == reference[name][i][0]["token_ids"][:length], f"{name} {i}"
+    first, second = choices[:second_wave_at], choices[second_wave_at:]
+    assert {nodes for _, nodes in first} == {nodes for _, nodes in second} == {0, 4, 8}
+    # What the table says, whenever it was asked; a lower acceptance than foreseen could only mean fewer nodes.
+    assert all(nodes == (8 if batch <= 2 else 4 if batch <= 5 else 0) for batch, nodes in choices)
+    # Learned from the engine's own counts.
+    assert acceptance.scale != 1.0
+
+
+def test_asynchronous_scheduling(spec, script, costs_file, reference, same):
+    """The scheduler chooses a step ahead of the outputs, in another process than the test."""
+    names = ("greedy", "sampled")
+    batches = [staggered("greedy", [3, 4, 5, 8, 12, 16, 24, 32]), staggered("sampled", [4, 5, 6, 8, 24, 32])]
+    job = {"engine": {"speculative_config": spec(8, budget_costs=costs_file)}, "batches": batches}
+    result = script({**job, "async_scheduling": True}, multiprocessing=True)
+    assert result["async_scheduling"] is True
+    for name, batch, found in zip(names, batches, result["outputs"], strict=True):
+        for i, (request, samples) in enumerate(zip(batch, found, strict=True)):
+            length = request["params"]["max_tokens"]
+            assert samples[0]["token_ids"] == reference[name][i][0]["token_ids"][:length], f"{name} {i}"
+    counters = result["counters"]
+    # Some steps drafted 4 nodes, some 8.
+    assert 4 < counters["draft_tokens"] / counters["drafts"] < 8
+
+
+def test_steps_are_timed_and_the_scheduler_gets_the_table(make_engine, spec, costs_file, monkeypatch, same, reference):
+    """On this CPU by request; on a GPU every engine does so at start. Serving goes on as if nothing had happened."""
+    monkeypatch.setattr(step_costs, "BATCHES", (1, 3))
+    monkeypatch.setattr(step_costs, "TIMED_STEPS", 1)
+    with make_engine(spec(8, budget_costs=costs_file)) as llm:
+        runner = core(llm).model_executor.driver_worker.worker.model_runner
+        scheduler = core(llm).scheduler
+        scheduler.budget.costs = given = MeasuredCosts(**COSTS)
+        runner.measure_step_costs()
+        assert runner.req_states.req_id_to_index == {}
+        found = generate(llm, [BATCHES["greedy"]()])
+        measured = scheduler.budget.costs
+    same(found, [reference["greedy"]])
+    assert measured is not given
+    assert measured.nodes == [0, 4, 8]
+    for nodes in measured.nodes:
+        one, three = (measured.step_seconds(batch, 0, nodes) for batch in (1, 3))
+        assert 0 < one <= three < 60
+    # A step with nodes runs the head and more rows; in the interpreter that is far above the noise.
+    assert measured.step_seconds(3, 0, 8) > measured.step_seconds(3, 0, 0)
+
+
+def configured(spec: dict, **arguments):
+    return EngineArgs(
+        model=TARGET, dtype="float32", max_model_len=256, speculative_config=spec, **arguments
+    ).create_engine_config()
+
+
+def test_fixed_where_nothing_is_known_and_where_the_user_said_so(spec, costs_file):
+    schedule = [(1, 3, 8), (4, 8, 5)]
+    for keys in ({}, {"budget": "fixed"}, {"num_speculative_tokens_per_batch_size": schedule}):
+        config = configured(spec(8, **keys))
+        assert config.speculative_config.budget == "fixed"
+        assert config.scheduler_config.scheduler_cls is None
+        given = keys.get("num_speculative_tokens_per_batch_size")
+        assert config.speculative_config.num_speculative_tokens_per_batch_size == given
+    config = configured(spec(8, budget_costs=costs_file), max_num_seqs=8)
+    assert config.speculative_config.budget == "auto"
+    assert config.speculative_config.budget_sizes == [0, 4, 8]
+    assert config.scheduler_config.scheduler_cls == speculative_config.SCHEDULER
+
+
+def test_on_a_gpu_it_is_the_default(monkeypatch):
+    """Without a GPU here: the function that settles it, told that this is none of the CPU's."""
+    monkeypatch.setattr(speculative_config, "current_platform", SimpleNamespace(is_cpu=lambda: False))
+    config = SimpleNamespace(
+        budget="auto",
+        budget_costs=None,
+        num_speculative_tokens=16,
+        num_speculative_tokens_per_batch_size=None,
+        draft_model_config=SimpleNamespace(hf_config=SimpleNamespace()),
+    )
+    arguments = SimpleNamespace(scheduler_cls=None, max_num_seqs=None)
+    speculative_config.select_budget(arguments, config, SimpleNamespace(data_parallel_size=1))
+    assert config.budget == "auto"
+    assert {nodes for _, _, nodes in config.num_speculative_tokens_per_batch_size} == set(budget_sizes(16))
+    assert arguments.scheduler_cls == speculative_config.SCHEDULER
+    parallel = SimpleNamespace(data_parallel_size=2)
+    config.num_speculative_tokens_per_batch_size = None
+    speculative_config.select_budget(arguments, config, parallel)
+    assert config.budget == "fixed"
+
+
+@pytest.mark.parametrize(
+    ("keys", "arguments", "sentence"),
+    [
+        ({"budget": "some"}, {}, "budget"),
+        ({"budget_costs": "/nowhere.json"}, {}, "budget_costs must be a JSON file"),
+        ({"budget": "fixed", "budget_costs": "/nowhere.json"}, {}, 'needs budget "auto"'),
+        ({"budget_costs": "costs"}, {"scheduler_cls": "my.Scheduler"}, "--scheduler-cls my.Scheduler"),
+    ],
+)
+def test_refusals(keys, arguments, sentence, spec, costs_file):
+    if keys.get("budget_costs") == "costs":
+        keys = {**keys, "budget_costs": costs_file}
+    with pytest.raises(ValueError, match=sentence):
+        configured(spec(8, **keys), **arguments)
+
+
+@pytest.mark.parametrize("ceiling", [6, 16, 63])
+def test_every_choice_has_a_cuda_graph(ceiling):
+    """vLLM's own list of graphs to capture, from its default grid of sizes and our schedule. Few rows are padding."""
+    max_reqs = 256
+    manager = CudaGraphManager.__new__(CudaGraphManager)
+    config = SimpleNamespace(
+        uses_dynamic_speculative_decoding=lambda: True,
+        num_speculative_tokens_per_batch_size=graph_schedule(budget_sizes(ceiling), max_reqs),
+    )
+    manager.vllm_config = SimpleNamespace(
+        speculative_config=config,
+        num_speculative_tokens=ceiling,
+        cache_config=SimpleNamespace(use_kda_recoverssm=False),
+    )
+    manager.compilation_config = SimpleNamespace(
+        cudagraph_capture_sizes=[1, 2, 4, *range(8, 256, 8), *range(256, 513, 16)], max_cudagraph_capture_size=512
+    )
+    manager.cudagraph_mode = CUDAGraphMode.FULL_AND_PIECEWISE
+    manager.max_num_reqs, manager.decode_query_len = max_reqs, ceiling + 1
+    manager.varlen_decode, manager.ubatch_runner, manager.lora_capture_cases = False, None, [0]
+    manager._lora_dispatch_map, manager._max_lora_case = {}, 0
+    manager._candidates, manager._capture_descs, manager._graphs_captured = {}, {}, True
+    manager._init_candidates()
+    cover_query_lengths(manager)
+    for nodes in budget_sizes(ceiling):
+        rows = nodes + 1
+        for batch in range(1, min(max_reqs, 480 // rows) + 1):
+            found = manager.dispatch(batch, batch * rows, rows, 0)
+            assert found.cg_mode == CUDAGraphMode.FULL and found.uniform_token_count == rows, (batch, nodes)
+            assert batch <= found.num_reqs and found.num_tokens < batch * rows + 16 + rows, (batch, nodes)
+
+
+def test_the_change_is_logged_once_per_number_of_nodes(monkeypatch):
+    lines = []
+    log = SimpleNamespace(info=lambda text, *values: lines.append(text % values), debug=lambda *_: None)
+    monkeypatch.setattr(scheduler_module, "logger", log)
+    budget = NodeBudget(MeasuredCosts(**COSTS), Acceptance(), [0, 4, 8])
+    lookup = NodesByLoad(SimpleNamespace(running=[]), budget)
+    assert [lookup[batch] for batch in (1, 1, 8, 1, 8, 4)] == [8, 8, 0, 8, 0, 4]
+    assert [line.split()[1] for line in lines] == ["8", "0", "4"]
+    assert "at batch 8" in lines[1]
+
+
+def test_without_a_table_the_roofline_serves(costs_file):
+    """Until the first step's output brings measured costs."""
+    from vllm_kvspec.engine.scheduler import create_budget
+
+    config = configured({"method": "kvspec", "model": HEAD, "num_speculative_tokens": 8, "budget_costs": costs_file})
+    config.speculative_config.budget_costs = None
+    budget = create_budget(config, [0, 4, 8])
+    assert isinstance(budget.costs, Roofline)
+    # 4.6M parameters in float32.
+    assert budget.costs.target.weight_bytes == pytest.approx(4 * 4.6e6, rel=0.1)
+    assert budget.nodes(1, 100) == 8
