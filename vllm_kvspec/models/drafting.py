@@ -78,8 +78,8 @@ def _transition(head: KVSpecDraftModel) -> tuple[torch.Tensor, torch.Tensor]:
 def _expand_paths(head, target, view, base, anchor, options) -> tuple[torch.Tensor, ...]:
     """Level by level: score the children of the beam's paths, each path with a forward of its own."""
     anchors, noise, scale = len(base), options["noise"], options["scale"]
-    paths, path_index = anchor.view(-1, 1, 1), torch.full((anchors, 1), -1)
-    path_score = torch.zeros(anchors, 1)
+    paths, path_index = anchor.view(-1, 1, 1), torch.full((anchors, 1), -1, device=base.device)
+    path_score = torch.zeros(anchors, 1, device=base.device)
     found: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
     offset = 0
     for level in range(head.config.draft_block_size):
@@ -95,7 +95,7 @@ def _expand_paths(head, target, view, base, anchor, options) -> tuple[torch.Tens
         child_score, child_token = logits.log_softmax(dim=-1).topk(options["width"], dim=-1)
         score, token = (path_score[..., None] + child_score).flatten(1), child_token.flatten(1)
         if options["chain"] is not None:
-            off_chain = options["chain"][:, None] & (torch.arange(score.shape[1]) > 0)
+            off_chain = options["chain"][:, None] & (torch.arange(score.shape[1], device=base.device) > 0)
             score = score.masked_fill(off_chain, float("-inf"))
         found.append((score, token, path_index.repeat_interleave(options["width"], dim=1).int()))
         path_score, best = score.topk(min(options["beam"], score.shape[1]), dim=-1)
