@@ -10,7 +10,7 @@ from engine_runner import PLAIN_ENGINE, generate, spec_counters
 from transformers import AutoTokenizer
 
 TARGET_STEPS, HEAD_STEPS = 100, 60
-ENGINE = {"max_model_len": 256, "kv_cache_memory_bytes": 64 << 20, "dtype": "float32", "enforce_eager": True}
+ENGINE = {"kv_cache_memory_bytes": 64 << 20, "dtype": "float32", "enforce_eager": True}
 
 
 def kvspec(*words: object) -> str:
@@ -28,7 +28,7 @@ def test_prepare_train_eval_serve(tmp_path, make_engine, script, same):
     rows, head = tmp_path / "rows.jsonl", tmp_path / "head"
     kvspec(
         "prepare", "--target_model", target, "--data_path", texts, "--output", rows, "--num_prompts", 96,
-        "--prompt_length", 32, "--max_new_tokens", 48, "--engine_args", json.dumps(ENGINE | PLAIN_ENGINE),
+        "--prompt_length", 32, "--max_new_tokens", 48, "--engine_args", json.dumps(ENGINE),
     )  # fmt: skip
     kvspec(
         "train", "--target_model", target, "--data_path", rows, "--output_dir", head, "--num_layers", 2,
