@@ -117,7 +117,7 @@ def test_padded_drafts(make_engine, spec, same, reference, monkeypatch):
         replays.append(self.graphs)
 
     monkeypatch.setattr(KVSpecSpeculator, "init_cudagraph_manager", init)
-    names = ("greedy", "sampled", "mixed")
+    names = ("sampled", "mixed")
     with make_engine(spec(8, budget="fixed")) as llm:
         same(generate(llm, [BATCHES[name]() for name in names]), [reference[name] for name in names])
         assert spec_counters(llm)["accepted_tokens"] > 0

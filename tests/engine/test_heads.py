@@ -35,10 +35,10 @@ def write_head(directory: Path, **fields) -> str:
 @pytest.mark.parametrize(
     ("fields", "names"),
     [
-        pytest.param(dict(context="kv", drafting="autoregressive"), ("greedy", "sampled"), id="kv-autoregressive"),
-        pytest.param(dict(drafting="autoregressive"), ("greedy", "sampled", "mixed"), id="hybrid-autoregressive"),
+        pytest.param(dict(context="kv", drafting="autoregressive"), ("sampled",), id="kv-autoregressive"),
+        pytest.param(dict(drafting="autoregressive"), ("greedy", "mixed"), id="hybrid-autoregressive"),
         pytest.param(dict(transition_rank=0), ("greedy",), id="no-bias"),
-        pytest.param(dict(draft_vocab_size=2048), ("greedy", "sampled"), id="draft-vocabulary"),
+        pytest.param(dict(draft_vocab_size=2048), ("sampled",), id="draft-vocabulary"),
     ],
 )
 def test_served_with_the_text_of_plain_decoding(make_engine, spec, same, reference, tmp_path, fields, names):
@@ -51,7 +51,7 @@ def test_served_with_the_text_of_plain_decoding(make_engine, spec, same, referen
 
 def test_an_untrained_head_is_served(make_engine, spec, same, reference, tmp_path):
     head = write_untrained_head(TARGET, str(tmp_path), context="kv", draft_block_size=3, num_hidden_layers=2)
-    with make_engine(spec(model=str(head), budget="fixed", tree=[2, 1])) as llm:
+    with make_engine(spec(4, model=str(head), budget="fixed", tree=[2, 1])) as llm:
         same(generate(llm, [BATCHES["greedy"]()]), [reference["greedy"]])
 
 
