@@ -15,7 +15,7 @@ BENCH_ARGS ?= --device cpu --small
 endif
 export VLLM_NO_USAGE_STATS ?= 1
 
-.PHONY: demo test lint tiny bench-kernels bench-engine install clean
+.PHONY: demo test lint tiny bench-kernels bench-engine install clean kernel-resources kernels-triton-3.6
 
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py
@@ -37,6 +37,15 @@ bench-kernels: $(STAMP)
 bench-engine: $(STAMP)
 	$(BIN)/python benchmarks/bench_engine.py $(BENCH_ARGS)
 
+# What every kernel variant needs on each GPU generation, compiled without a GPU.
+kernel-resources: $(STAMP)
+	$(BIN)/python tests/kernels/kernel_resources.py
+
+# The same on the oldest Triton that must work, with the torch of .venv.
+kernels-triton-3.6: $(STAMP)
+	test -d .venv-triton-3.6/triton || $(BIN)/python -m pip install --quiet --no-deps --target .venv-triton-3.6 triton==3.6.0
+	PYTHONPATH="$(abspath .venv-triton-3.6)" $(BIN)/python tests/kernels/kernel_resources.py --summary --command "make $@"
+
 install: $(STAMP)
 
 $(STAMP): setup.py tools/cpu/install.py $(wildcard tools/cpu/*/setup.py)
@@ -52,4 +61,4 @@ endif
 	touch $@
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .hypothesis .ruff_cache .import_linter_cache demo.json
+	rm -rf .venv .venv-triton-3.6 build dist *.egg-info .pytest_cache .hypothesis .ruff_cache .import_linter_cache demo.json
