@@ -165,15 +165,15 @@ def tile_config(rows: int, q: torch.Tensor, at_least: int = 1) -> dict[str, int]
     head_dim = q.shape[-1]
     wide = head_dim > 128 or q.dtype == torch.float32
     ampere = _is_ampere(q.device)
-    # The largest tiles that compile without spills (tests/kernels/test_compile.py); float32, which no server runs on a
-    # GPU, spills with any.
+    # The largest tiles, and the fewest warps for them, that compile without spills (tests/kernels/test_compile.py);
+    # float32, which no server runs on a GPU, spills with any.
     most = (32 if ampere else 64) if wide else 128
     block_m = max(min(max(16, triton.next_power_of_2(rows)), most), triton.next_power_of_2(at_least))
-    # Few rows: ptxas spills a register or two of a tile of 64 keys; a third stage keeps as many keys in flight.
-    small = block_m == 16 and not wide
-    tile = 32 if wide or ampere or small else 64
-    num_warps = 8 if block_m >= (64 if ampere else 128) or head_dim > 128 else 4
-    return dict(BLOCK_M=block_m, TILE=tile, num_warps=num_warps, num_stages=3 if small else 2)
+    tile = 64 if block_m >= 128 and not wide and not ampere else 32
+    num_warps = 8 if block_m * (2 if wide else 1) >= (64 if ampere else 128) else 4
+    # A third stage makes up for the smaller tile: as many keys in flight.
+    num_stages = 3 if tile == 32 and not wide else 2
+    return dict(BLOCK_M=block_m, TILE=tile, num_warps=num_warps, num_stages=num_stages)
 
 
 def num_splits(programs: int, max_keys: int, device: torch.device) -> int:

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """A head's logits to the candidates of a tree, two launches per level, nothing of the vocabulary's size written.
 
-`_child_scores_kernel`: a program holds the scores of up to 64 (request, parent) rows for 256 entries of the vocabulary
-in registers: logits, plus the transition bias as one small matrix product, plus the target's noise, computed on the
-spot, over the scale. It leaves per row and split the best `width` entries in order and the sum for the softmax. Rows of
-several requests share a tile, so that a tile of transition_out is read once for all of them, and parents of one request
-share its noise.
+`_child_scores_kernel`: a program holds the scores of 16 or 32 (request, parent) rows for 256 or more entries of the
+vocabulary in registers: logits, plus the transition bias as one small matrix product, plus the target's noise, computed
+on the spot, over the scale. It leaves per row and split the best `width` entries in order and the sum for the softmax.
+Rows of several requests share a tile, so that a tile of transition_out is read once for all of them, and parents of one
+request share its noise.
 
 `_select_kernel`: a program per request merges the splits: the best entry of a row is the best of the splits' heads, and
 a split whose head is taken moves to its next. The children's scores become the level's candidates; the best, or those
@@ -23,10 +23,10 @@ import triton.language as tl
 from vllm_kvspec.kernels.gumbel_noise import gumbel, noise_key
 from vllm_kvspec.kernels.reference_candidates import Candidates, Level, Parents, expand
 
-# Entries of the vocabulary per program of the first kernel.
-SPLIT = 256
+# More heads of splits than this (times parents) would not fit in the second kernel's registers.
+MAX_SPLITS = 512
 # Parents per program of the second kernel, and the most that can be ranked.
-MAX_BEAM = 16
+MAX_BEAM = 8
 
 
 @triton.jit
@@ -197,11 +197,10 @@ def _select_kernel(
     row = b * stride_rows_b + parent * stride_rows_p
     split = tl.arange(0, SPLITS)
     inside = in_parents[:, None] & (split[None, :] < num_splits)
-    # Of each row and split: its best entry not taken yet, at place `taken` of its list.
-    at_head = row[:, None] * WIDTH * num_splits + split[None, :]
-    head = tl.load(value_ptr + at_head, mask=inside, other=float("-inf"))
+    # Of each row and split: its best entry not taken yet.
+    first = value_ptr + row[:, None] * WIDTH * num_splits + split[None, :]
+    head = tl.load(first, mask=inside, other=float("-inf"))
     sums = tl.load(sum_ptr + row[:, None] * num_splits + split[None, :], mask=inside, other=0.0)
-    taken = tl.zeros([PARENTS, SPLITS], tl.int32)
     top = tl.max(head, 1)
     shift = tl.where(top == float("-inf"), 0.0, top)
     total = tl.sum(sums * tl.exp(head - shift[:, None]), 1)
@@ -211,8 +210,10 @@ def _select_kernel(
     rank = tl.arange(0, BLOCK_WIDTH)
     score = tl.full([PARENTS, BLOCK_WIDTH], float("-inf"), tl.float32)
     token = tl.zeros([PARENTS, BLOCK_WIDTH], tl.int64)
+    taken = tl.zeros([PARENTS, SPLITS], tl.int32)
     for i in range(WIDTH):
         best, winner = tl.max(head, 1, return_indices=True)
+        # As often as a split has won, as far is its list used up.
         won = split[None, :] == winner[:, None]
         place = tl.sum(tl.where(won, taken, 0), 1)
         at = (row * WIDTH + place) * num_splits + winner
@@ -221,10 +222,9 @@ def _select_kernel(
         score = tl.where(rank[None, :] == i, child[:, None], score)
         token = tl.where(rank[None, :] == i, entry[:, None], token)
         taken += won.to(tl.int32)
-        following = tl.load(
-            value_ptr + at_head + taken * num_splits, mask=won & inside & (taken < WIDTH), other=float("-inf")
-        )
-        head = tl.where(won, following, head)
+        has_more = in_parents & (place + 1 < WIDTH)
+        following = tl.load(value_ptr + at + num_splits, mask=has_more, other=float("-inf"))
+        head = tl.where(won, following[:, None], head)
 
     # [PARENTS, BLOCK_WIDTH]
     real = in_parents[:, None] & (rank[None, :] < WIDTH)
@@ -265,12 +265,16 @@ def _select_kernel(
             left = left & (candidates != chosen)
 
 
-def tile_config(num_rows: int, dtype: torch.dtype) -> dict[str, int]:
-    """ROWS, BLOCK_RANK, num_warps and num_stages of the first kernel for ``num_rows`` rows in the batch."""
-    # fp32 products run on the plain cores, which keep both factors of a tile in registers.
+def tile_config(num_rows: int, num_entries: int, dtype: torch.dtype) -> dict[str, int]:
+    """Sizes of the first kernel for ``num_rows`` rows in the batch and scores or products of ``dtype``."""
+    split = 256
+    while split < 1024 and triton.cdiv(num_entries, split) > MAX_SPLITS:
+        split *= 2
+    # fp32 products run on the plain cores, which keep both factors of a tile in registers: half the scores per thread.
     wide = dtype == torch.float32
-    rows = min(max(16, triton.next_power_of_2(num_rows)), 32 if wide else 64)
-    return dict(ROWS=rows, BLOCK_RANK=16 if wide else 64, num_warps=8 if wide or rows > 16 else 4, num_stages=3)
+    rows = min(max(16, triton.next_power_of_2(num_rows)), max(16, (4096 if wide else 8192) // split))
+    num_warps = min(max(rows * split // (512 if wide else 1024), 4), 16)
+    return dict(ROWS=rows, SPLIT=split, BLOCK_RANK=16 if wide else 16384 // split, num_warps=num_warps, num_stages=3)
 
 
 def tree_level(
@@ -296,7 +300,7 @@ def tree_level(
 
     logits ``[B, P, Vd]``; parents ``[B, P]`` and candidates ``[B, M]`` contiguous; transition_in ``[V, r]`` and
     transition_out ``[Vd, r]`` with contiguous rows; base and idx_mapping int ``[B]``; temperature fp32, seeds int64 and
-    chain int or bool ``[R]``; draft_ids int64 ``[Vd]``. Raises ValueError when more than 16 parents are to be ranked.
+    chain int or bool ``[R]``; draft_ids int64 ``[Vd]``. Raises ValueError when more than 8 parents are to be ranked.
     """
     batch, num_parents, num_entries = logits.shape
     _check_level(level, num_parents)
@@ -304,7 +308,9 @@ def tree_level(
     shared_logits = logits.stride(1) == 0 or num_parents == 1
     # Without a bias, parents that share logits have the same children: one row serves them all.
     num_rows = 1 if shared_logits and not has_bias else num_parents
-    num_splits = triton.cdiv(num_entries, SPLIT)
+    rows_in_batch = batch * triton.next_power_of_2(num_rows)
+    config = tile_config(rows_in_batch, num_entries, transition_in.dtype if has_bias else logits.dtype)
+    num_splits = triton.cdiv(num_entries, config["SPLIT"])
     shape, device = (batch, num_rows, level.width, num_splits), logits.device
     value = torch.empty(shape, dtype=torch.float32, device=device)
     entry = torch.empty(shape, dtype=torch.int32, device=device)
@@ -314,9 +320,6 @@ def tree_level(
         *(torch.empty(next_shape, dtype=dtype, device=device) for dtype in (torch.int64, torch.float32, torch.int32))
     )
     if batch > 0:
-        config = tile_config(
-            batch * triton.next_power_of_2(num_rows), transition_in.dtype if has_bias else logits.dtype
-        )
         parents_per_tile = min(triton.next_power_of_2(num_rows), config["ROWS"])
         tiles = triton.cdiv(batch * parents_per_tile, config["ROWS"]) * triton.cdiv(num_rows, parents_per_tile)
         _child_scores_kernel[(tiles, num_splits)](
@@ -350,7 +353,6 @@ def tree_level(
             RANK=transition_in.shape[1] if has_bias else 0,
             WIDTH=level.width,
             PARENTS=parents_per_tile,
-            SPLIT=SPLIT,
             **config,
         )
         block = min(triton.next_power_of_2(num_parents), MAX_BEAM)
@@ -381,7 +383,7 @@ def tree_level(
             BLOCK_WIDTH=triton.next_power_of_2(level.width),
             PARENTS=block,
             SPLITS=splits,
-            num_warps=min(max(block * splits // 1024, 4), 16),
+            num_warps=min(max(block * splits // 512, 4), 16),
         )
     return following if level.num_next > 0 else None
 
