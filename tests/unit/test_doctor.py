@@ -81,7 +81,7 @@ def test_a_target_that_is_not_there(tmp_path):
 )
 def test_a_broken_installation(monkeypatch, name, break_it, words):
     if name == "GPU and Triton" and doctor.find_spec("triton") is None:
-        pytest.skip("needs Triton")
+        pytest.skip(reason="needs Triton")
     break_it(monkeypatch)
     try:
         finding = failed()[name]
