@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Registers our attention backends, in the processes that serve kvspec and in no other."""
 
+import contextlib
+
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+from vllm.v1.attention.selector import _cached_get_attn_backend
 
 
 def register_cuda_backend() -> None:
@@ -9,6 +12,18 @@ def register_cuda_backend() -> None:
     register_backend(AttentionBackendEnum.CUSTOM, "vllm_kvspec.engine.attention.TreeAttentionBackend")
 
 
-def register_cpu_backend() -> None:
-    """The CPU platform resolves CPU_ATTN whatever is asked for, so that is the member we override, in our worker."""
+@contextlib.contextmanager
+def cpu_backend():
+    """The backend of the attention layers built inside.
+
+    The CPU platform resolves CPU_ATTN whatever is asked for, so that is the member we override, while our worker loads
+    its model: another engine in the same process must get vLLM's own.
+    """
     register_backend(AttentionBackendEnum.CPU_ATTN, "vllm_kvspec.engine.attention_cpu.CPUTreeAttentionBackend")
+    # vLLM remembers the class by the layer's shape alone.
+    _cached_get_attn_backend.cache_clear()
+    try:
+        yield
+    finally:
+        AttentionBackendEnum.CPU_ATTN.clear_override()
+        _cached_get_attn_backend.cache_clear()

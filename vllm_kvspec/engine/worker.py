@@ -1,23 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
 """The CUDA worker: vLLM's own, with our model runner."""
 
+import contextlib
+
 from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_kvspec.engine import compat
 from vllm_kvspec.engine.backend_registry import register_cuda_backend
 
 
-def install_speculator() -> None:
-    """Target: ``vllm.v1.worker.gpu.model_runner.init_speculator``, a module global.
+@contextlib.contextmanager
+def kvspec_speculator():
+    """Target: ``vllm.v1.worker.gpu.model_runner.init_speculator``, a module global, while our runner is built.
 
     Why: the runner builds its speculator through this closed if/else, which raises NotImplementedError for other
-    methods. Process-local: called by kvspec workers only. Upstream: no registry in 0.32. Remove when there is one.
+    methods. Upstream: no registry in 0.32. Remove when there is one.
     """
     from vllm.v1.worker.gpu import model_runner
 
     from vllm_kvspec.engine.speculator import KVSpecSpeculator
 
+    original = model_runner.init_speculator
     model_runner.init_speculator = KVSpecSpeculator
+    try:
+        yield
+    finally:
+        model_runner.init_speculator = original
 
 
 def require_v2(vllm_config) -> None:
@@ -52,5 +60,5 @@ class KVSpecWorker(Worker):
             pass
 
         compat.require_contract()
-        install_speculator()
-        return KVSpecModelRunner(self.vllm_config, self.device)
+        with kvspec_speculator():
+            return KVSpecModelRunner(self.vllm_config, self.device)

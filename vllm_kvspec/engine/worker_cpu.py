@@ -10,8 +10,8 @@ import vllm.v1.worker.cpu.model_runner as cpu_model_runner
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from vllm_kvspec.engine import compat, interpreter
-from vllm_kvspec.engine.backend_registry import register_cpu_backend
-from vllm_kvspec.engine.worker import install_speculator, require_v2
+from vllm_kvspec.engine.backend_registry import cpu_backend
+from vllm_kvspec.engine.worker import kvspec_speculator, require_v2
 
 
 class KVSpecCPUWorker(CPUWorker):
@@ -19,7 +19,6 @@ class KVSpecCPUWorker(CPUWorker):
 
     def __init__(self, vllm_config, *args, **kwargs):
         require_v2(vllm_config)
-        register_cpu_backend()
         interpreter.work_around()
         super().__init__(vllm_config, *args, **kwargs)
 
@@ -33,9 +32,13 @@ class KVSpecCPUWorker(CPUWorker):
             pass
 
         compat.require_contract()
-        install_speculator()
         cpu_model_runner.CPUModelRunner = KVSpecCPUModelRunner
         try:
-            super().init_device()
+            with kvspec_speculator():
+                super().init_device()
         finally:
             cpu_model_runner.CPUModelRunner = original
+
+    def load_model(self, *args, **kwargs) -> None:
+        with cpu_backend():
+            super().load_model(*args, **kwargs)
