@@ -160,8 +160,8 @@ def merge_splits(parts: tuple[torch.Tensor, ...], out: torch.Tensor, num_rows: t
     )
 
 
-def tile_config(rows: int, q: torch.Tensor, at_least: int = 1) -> dict[str, int]:
-    """BLOCK_M (no less than `at_least`), TILE, num_warps and num_stages for `rows` rows that share one KV head."""
+def tile_config(rows: int, q: torch.Tensor, at_least: int = 1) -> dict[str, int | None]:
+    """BLOCK_M (no less than `at_least`), TILE and launch options for `rows` rows that share one KV head."""
     head_dim = q.shape[-1]
     wide = head_dim > 128 or q.dtype == torch.float32
     ampere = _is_ampere(q.device)
@@ -170,10 +170,13 @@ def tile_config(rows: int, q: torch.Tensor, at_least: int = 1) -> dict[str, int]
     most = (32 if ampere else 64) if wide else 128
     block_m = max(min(max(16, triton.next_power_of_2(rows)), most), triton.next_power_of_2(at_least))
     tile = 64 if block_m >= 128 and not wide and not ampere else 32
-    num_warps = 8 if block_m * (2 if wide else 1) >= (64 if ampere else 128) else 4
+    num_warps = 8 if wide or block_m >= (64 if ampere else 128) else 4
     # A third stage makes up for the smaller tile: as many keys in flight.
-    num_stages = 3 if tile == 32 and not wide else 2
-    return dict(BLOCK_M=block_m, TILE=tile, num_warps=num_warps, num_stages=num_stages)
+    num_stages = 2 if tile == 64 or q.dtype == torch.float32 else 3
+    # Unless it is told that it may take them all, ptxas spills a few registers to fit one more block on a
+    # multiprocessor. The largest tiles take them all anyway, and spill when told so.
+    maxnreg = 255 if block_m < 128 else None
+    return dict(BLOCK_M=block_m, TILE=tile, num_warps=num_warps, num_stages=num_stages, maxnreg=maxnreg)
 
 
 def num_splits(programs: int, max_keys: int, device: torch.device) -> int:

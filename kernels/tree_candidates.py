@@ -54,7 +54,8 @@ def _bias(
             mask=inside[None, :] & in_rank[:, None],
             other=0.0,
         )
-        bias = tl.dot(rows, columns.to(rows.dtype), bias, input_precision="ieee")
+        # fp32 factors as three products on the tensor cores: fp32's accuracy, and the plain cores would spill.
+        bias = tl.dot(rows, columns.to(rows.dtype), bias, input_precision="tf32x3")
     return bias
 
 
@@ -270,11 +271,14 @@ def tile_config(num_rows: int, num_entries: int, dtype: torch.dtype) -> dict[str
     split = 256
     while split < 1024 and triton.cdiv(num_entries, split) > MAX_SPLITS:
         split *= 2
-    # fp32 products run on the plain cores, which keep both factors of a tile in registers: half the scores per thread.
+    # fp32 products keep more of a tile in registers: half the scores per thread.
     wide = dtype == torch.float32
     rows = min(max(16, triton.next_power_of_2(num_rows)), max(16, (4096 if wide else 8192) // split))
     num_warps = min(max(rows * split // (512 if wide else 1024), 4), 16)
-    return dict(ROWS=rows, SPLIT=split, BLOCK_RANK=16 if wide else 16384 // split, num_warps=num_warps, num_stages=3)
+    block_rank = 16 if wide else 16384 // split
+    # All the registers there are: unless told so, ptxas spills a few to fit one more block on a multiprocessor.
+    maxnreg = min(255, 65536 // (32 * num_warps))
+    return dict(ROWS=rows, SPLIT=split, BLOCK_RANK=block_rank, num_warps=num_warps, num_stages=3, maxnreg=maxnreg)
 
 
 def tree_level(
