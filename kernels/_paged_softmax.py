@@ -171,8 +171,8 @@ def tile_config(rows: int, q: torch.Tensor, at_least: int = 1) -> dict[str, int 
     block_m = max(min(max(16, triton.next_power_of_2(rows)), most), triton.next_power_of_2(at_least))
     tile = 64 if block_m >= 128 and not wide and not ampere else 32
     num_warps = 8 if wide or block_m >= (64 if ampere else 128) else 4
-    # A third stage makes up for the smaller tile: as many keys in flight.
-    num_stages = 2 if tile == 64 or q.dtype == torch.float32 else 3
+    # A third stage makes up for the smaller tile where there is room for it.
+    num_stages = 2 if block_m >= 128 or q.dtype == torch.float32 else 3
     # Unless it is told that it may take them all, ptxas spills a few registers to fit one more block on a
     # multiprocessor. The largest tiles take them all anyway, and spill when told so.
     maxnreg = 255 if block_m < 128 else None
