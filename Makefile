@@ -12,6 +12,8 @@ VLLM := 0.32.0
 ifeq ($(GPU),)
 export TRITON_INTERPRET ?= 1
 BENCH_ARGS ?= --device cpu --small
+# Two processes, whole files each. On a GPU one: every engine would claim its memory.
+TEST_JOBS ?= -n 2 --dist loadfile
 endif
 export VLLM_NO_USAGE_STATS ?= 1
 
@@ -22,7 +24,7 @@ demo: $(STAMP)
 
 # The models are tiny: a second thread costs more than it gives.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TEST_JOBS) $(PYTEST_ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

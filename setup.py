@@ -31,10 +31,10 @@ setup(
         "openai",
     ],
     extras_require={
-        "test": ["pytest", "hypothesis", "import-linter", "ruff"],
+        "test": ["pytest", "pytest-xdist", "hypothesis", "import-linter", "ruff"],
         # transformers.Trainer refuses to start without accelerate.
         "train": ["accelerate", "datasets", "matplotlib", "tensorboard"],
-        "dev": ["pytest", "hypothesis", "import-linter", "ruff", "pre-commit"],
+        "dev": ["pytest", "pytest-xdist", "hypothesis", "import-linter", "ruff", "pre-commit"],
     },
     entry_points={
         "vllm.general_plugins": ["kvspec = vllm_kvspec.engine.plugin:register"],
