@@ -190,6 +190,7 @@ def tree_attention(
     scale: float,
     max_query_len: int,
     sliding_window: int = 0,
+    q_scale: float | torch.Tensor = 1.0,
     k_scale: float | torch.Tensor = 1.0,
     v_scale: float | torch.Tensor = 1.0,
     out: torch.Tensor,
@@ -203,7 +204,7 @@ def tree_attention(
     its flat position.
 
     Args:
-        q: ``[T, Hq, D]``; may have padding rows past ``query_start_loc[B]``.
+        q: ``[T, Hq, D]``, possibly fp8; may have padding rows past ``query_start_loc[B]``.
         k_cache, v_cache: ``[num_blocks, block_size, Hkv, D]``, any strides, possibly another dtype than q.
         block_table: int32 ``[>=B, M]``.
         query_start_loc: int32 ``[>=B+1]``; a request with no query rows is skipped.
@@ -213,8 +214,8 @@ def tree_attention(
         scale: factor of the scores.
         max_query_len: largest n of the batch (an upper bound is enough); sizes the launch.
         sliding_window: W in tokens, 0 for none.
-        k_scale, v_scale: factors of the cached keys and values, float or 1-element tensor.
-        out: ``[T, Hq, D]``, written for real rows only.
+        q_scale, k_scale, v_scale: factors of queries, cached keys and values, float or 1-element tensor.
+        out: ``[T, Hq, D]``, written for real rows only; its dtype is that of the products, whatever q's is.
 
     Returns:
         out. Scores and sums are accumulated in fp32 (fp64 for fp64 inputs).
@@ -229,9 +230,9 @@ def tree_attention(
         visible = _tree_visibility(end - start, seq_len, trees[b], batch_mask[b], sliding_window)
         # With a sliding window the blocks behind it may already belong to others: never read them.
         first = max(0, seq_len - (end - start) - sliding_window + 1) if sliding_window > 0 else 0
-        k = _gather_paged(k_cache, block_table[b], first, seq_len, q.dtype, k_scale)
-        v = _gather_paged(v_cache, block_table[b], first, seq_len, q.dtype, v_scale)
-        out[start:end] = _attend(q[start:end], k, v, visible[:, first:], scale)
+        k = _gather_paged(k_cache, block_table[b], first, seq_len, out.dtype, k_scale)
+        v = _gather_paged(v_cache, block_table[b], first, seq_len, out.dtype, v_scale)
+        out[start:end] = _attend(q[start:end].to(out.dtype) * q_scale, k, v, visible[:, first:], scale)
     return out
 
 

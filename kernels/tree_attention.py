@@ -65,6 +65,7 @@ def _tree_attention_kernel(
     seq_lens_ptr,
     batch_mask_ptr,
     batch_len_ptr,
+    q_scale,
     k_scale,
     v_scale,
     out_ptr,
@@ -90,6 +91,7 @@ def _tree_attention_kernel(
     HEAD_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     WINDOW: tl.constexpr,
+    Q_SCALE_TENSOR: tl.constexpr,
     K_SCALE_TENSOR: tl.constexpr,
     V_SCALE_TENSOR: tl.constexpr,
     SPLITS: tl.constexpr,
@@ -122,6 +124,8 @@ def _tree_attention_kernel(
     q_mask = live[:, None] & (dim < HEAD_DIM)[None, :]
     # [BLOCK_M, BLOCK_D]
     q = tl.load(q_ptr + (row * stride_q_t + head * stride_q_h)[:, None] + dim[None, :], mask=q_mask, other=0.0)
+    # A quantised query too: products in the output's dtype.
+    q = q.to(out_ptr.dtype.element_ty)
     flat = context_len + i
     # Real masks hold bit 0, so 0 marks a row outside the tree.
     is_tree_row = live & (flat >= tree_start)
@@ -150,7 +154,7 @@ def _tree_attention_kernel(
     k_ptr = k_cache_ptr + kv_head * stride_k_h
     v_ptr = v_cache_ptr + kv_head * stride_v_h
     table_ptr = block_table_ptr + b * stride_table_b
-    qk_scale = scale * LOG2_E * scalar(k_scale, K_SCALE_TENSOR)
+    qk_scale = scale * LOG2_E * scalar(q_scale, Q_SCALE_TENSOR) * scalar(k_scale, K_SCALE_TENSOR)
     for tile in range(begin, full_end):
         keys = tile * TILE + tl.arange(0, TILE)
         k, v = load_kv_tile(
@@ -199,13 +203,14 @@ def tree_attention(
     scale: float,
     max_query_len: int,
     sliding_window: int = 0,
+    q_scale: float | torch.Tensor = 1.0,
     k_scale: float | torch.Tensor = 1.0,
     v_scale: float | torch.Tensor = 1.0,
     out: torch.Tensor,
 ) -> torch.Tensor:
     """Write the real rows of out ``[T, Hq, D]`` and return it; see `reference.tree_attention`.
 
-    q ``[T, Hq, D]``, k_cache and v_cache ``[num_blocks, block_size, Hkv, D]`` (any strides but 1 in D, possibly fp8),
+    q ``[T, Hq, D]``, k_cache and v_cache ``[num_blocks, block_size, Hkv, D]`` (any strides but 1 in D; possibly fp8),
     block_table int32 ``[>=B, M]``, query_start_loc int32 ``[>=B+1]``, seq_lens int32 ``[B]``, batch_mask int64
     ``[Rmax, N1]`` with contiguous rows, batch_len int32 ``[Rmax]``. Raises ValueError for shapes or strides that do not
     fit.
@@ -217,7 +222,7 @@ def tree_attention(
         return out
     block_size, num_kv_heads = k_cache.shape[1:3]
     group = num_heads // num_kv_heads
-    config = tile_config(min(max_query_len, num_rows) * group, q, at_least=group)
+    config = tile_config(min(max_query_len, num_rows) * group, out, at_least=group)
     block_q = config["BLOCK_M"] // group
     query_tiles = num_rows // block_q + num_reqs
     splits = 1
@@ -233,6 +238,7 @@ def tree_attention(
         seq_lens,
         batch_mask,
         batch_len,
+        q_scale,
         k_scale,
         v_scale,
         out,
@@ -250,6 +256,7 @@ def tree_attention(
         HEAD_DIM=head_dim,
         BLOCK_SIZE=block_size,
         WINDOW=sliding_window,
+        Q_SCALE_TENSOR=torch.is_tensor(q_scale),
         K_SCALE_TENSOR=torch.is_tensor(k_scale),
         V_SCALE_TENSOR=torch.is_tensor(v_scale),
         SPLITS=splits,

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CUDA attention backend, as far as it goes without a GPU: which kernel a batch gets, and with which arguments.
+"""The CUDA attention backends, as far as they go without a GPU: which kernel a row gets, and with which arguments.
 
-Tensors are on the CPU, so the op is its torch twin; the class, its metadata and its call are the ones a GPU runs.
+Tensors are on the CPU, so the tree op is its torch twin, and so is what stands for the stock kernels; the classes,
+their metadata and their calls are the ones a GPU runs.
 """
 
 from types import SimpleNamespace
@@ -11,125 +12,164 @@ import torch
 
 # isort: off
 import vllm.v1.worker.cpu.shm  # noqa: F401
-from vllm.v1.attention.backend import AttentionCGSupport
-from vllm.v1.attention.backends.triton_attn import TritonAttentionImpl, TritonAttentionMetadata
-from vllm.v1.attention.backends.triton_attn import TritonAttentionMetadataBuilder
+from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
 
 # isort: on
-from vllm_kvspec.engine.attention import TreeAttentionBackend, TreeAttentionImpl, TreeAttentionMetadataBuilder
+from vllm_kvspec.engine.attention import (
+    FlashAttentionImpl,
+    FlashAttentionMetadataBuilder,
+    FlashTreeBackend,
+    TritonAttentionImpl,
+    TritonAttentionMetadataBuilder,
+    TritonTreeBackend,
+)
 from vllm_kvspec.engine.tree_state import TreeState
 from vllm_kvspec.kernels import reference
 
-HEADS, KV_HEADS, DIM, BLOCK, NODES = 4, 2, 64, 16, 3
+HEADS, KV_HEADS, DIM, BLOCK, NODES, CONTEXT = 4, 2, 64, 16, 3, 21
+STOCK = {
+    TritonTreeBackend: (TritonAttentionImpl, TritonAttentionMetadataBuilder),
+    FlashTreeBackend: (FlashAttentionImpl, FlashAttentionMetadataBuilder),
+}
+NO_TREE = (torch.zeros(8, NODES + 1, dtype=torch.int64), torch.zeros(8, dtype=torch.int32))
+
+
+def attention(query, kv_cache, metadata, masks, window, **scales) -> torch.Tensor:
+    k, v = kv_cache.transpose(1, 2).split(DIM, dim=-1)
+    block_table = getattr(metadata, "block_table_tensor", None)
+    return reference.tree_attention(
+        query, k, v, metadata.block_table if block_table is None else block_table, metadata.query_start_loc,
+        metadata.seq_lens, *masks, scale=DIM**-0.5, max_query_len=metadata.max_query_len, sliding_window=window,
+        out=torch.empty(query.shape), **scales,
+    )  # fmt: skip
 
 
 @pytest.fixture
 def state() -> TreeState:
-    state = TreeState(max_num_reqs=2, num_nodes=NODES, device=torch.device("cpu"))
-    state.batch_len[0] = NODES + 1
-    # Root with children 1 and 2; node 3 under node 2.
-    state.batch_mask[0] = torch.tensor([0b1, 0b11, 0b101, 0b1101])
+    state = TreeState(max_num_reqs=4, num_nodes=NODES, device=torch.device("cpu"))
     return state
 
 
-@pytest.fixture
-def build(state, monkeypatch):
-    """Metadata of one request with ``query_len`` rows behind 21 tokens of context, through our builder."""
+@pytest.fixture(params=STOCK, ids=lambda backend: backend.__name__)
+def backend(request, monkeypatch) -> SimpleNamespace:
+    """A backend whose stock kernel is causal attention in torch, on metadata that is the batch as it was given."""
+    impl, builder = STOCK[request.param]
+    seen = SimpleNamespace(cls=request.param, stock_rows=0)
 
-    def make(query_len: int):
-        empty = torch.empty(0)
-        stock = TritonAttentionMetadata(
-            num_actual_tokens=query_len,
-            max_query_len=query_len,
-            query_start_loc=torch.tensor([0, query_len], dtype=torch.int32),
-            max_seq_len=64,
-            seq_lens=torch.tensor([21 + query_len], dtype=torch.int32),
-            block_table=torch.tensor([[3, 1, 2, 0]], dtype=torch.int32),
-            slot_mapping=torch.zeros(query_len, dtype=torch.int64),
-            seq_threshold_3D=1,
-            num_par_softmax_segments=16,
-            softmax_segm_output=empty,
-            softmax_segm_max=empty,
-            softmax_segm_expsum=empty,
-            causal=True,
-        )
-        monkeypatch.setattr(TritonAttentionMetadataBuilder, "build", lambda *args: stock)
-        builder = object.__new__(TreeAttentionMetadataBuilder)
+    def forward(self, layer, query, key, value, kv_cache, metadata, output, *_):
+        assert len(query) == len(key) == len(value) == len(output) == metadata.num_actual_tokens
+        assert len(metadata.slot_mapping) == metadata.num_actual_tokens
+        seen.stock_rows += len(query)
+        return output.copy_(attention(query, kv_cache, metadata, NO_TREE, self.sliding_window[0] + 1))
+
+    monkeypatch.setattr(impl, "forward", forward)
+    monkeypatch.setattr(builder, "build", lambda self, prefix, common, fast_build=False: common)
+    return seen
+
+
+def batch(query_lens: list[int]) -> CommonAttentionMetadata:
+    starts = torch.tensor([0, *query_lens]).cumsum(0).int()
+    num_reqs, num_tokens = len(query_lens), sum(query_lens)
+    return CommonAttentionMetadata(
+        query_start_loc=starts,
+        query_start_loc_cpu=starts.clone(),
+        seq_lens=torch.tensor(query_lens, dtype=torch.int32) + CONTEXT,
+        seq_lens_cpu_upper_bound=torch.tensor(query_lens, dtype=torch.int32) + CONTEXT,
+        num_reqs=num_reqs,
+        num_actual_tokens=num_tokens,
+        max_query_len=max(query_lens),
+        max_seq_len=64,
+        block_table_tensor=torch.randperm(num_reqs * 4).view(num_reqs, 4).int(),
+        slot_mapping=torch.arange(num_tokens),
+        positions=torch.arange(num_tokens),
+        is_prefilling=torch.zeros(num_reqs, dtype=torch.bool),
+    )
+
+
+class Run:
+    """One layer over a batch; ``trees`` is the batch's requests that are on a tree."""
+
+    def __init__(self, backend, state, query_lens: list[int], trees: list[int] = (), window: int | None = None, **q):
+        torch.manual_seed(0)
+        for b in trees:
+            state.batch_len[b] = min(query_lens[b], NODES + 1)
+            # Root with children 1 and 2; node 3 under node 2.
+            state.batch_mask[b] = torch.tensor([0b1, 0b11, 0b101, 0b1101])
+        self.common = batch(query_lens)
+        builder = object.__new__(backend.cls.get_builder_cls())
         builder.tree_state = state
-        return builder.build(0, None)
+        self.metadata = builder.build(0, self.common)
+        impl = backend.cls.get_impl_cls()(HEADS, DIM, DIM**-0.5, KV_HEADS, None, window, "auto")
+        rows = self.common.num_actual_tokens
+        query, key = torch.randn(rows, HEADS, DIM), torch.randn(rows, KV_HEADS, DIM)
+        kv_cache = torch.randn(4 * len(query_lens), KV_HEADS, BLOCK, 2 * DIM)
+        layer = SimpleNamespace(_q_scale=torch.ones(1), _k_scale=torch.ones(1), _v_scale=torch.ones(1))
+        found = impl.forward(layer, query, key, key, kv_cache, self.metadata, torch.full_like(query, float("nan")))
+        expected = attention(query, kv_cache, self.common, (state.batch_mask, state.batch_len), window or 0)
+        torch.testing.assert_close(found, expected)
 
-    return make
 
-
-def impl(sliding_window: int | None = None) -> TreeAttentionImpl:
-    return TreeAttentionImpl(HEADS, DIM, DIM**-0.5, KV_HEADS, None, sliding_window, "auto")
-
-
-def test_only_uniform_graphs():
+@pytest.mark.parametrize("cls", STOCK)
+def test_names_and_graphs(cls):
     """A full graph of mixed lengths would hold whichever kernel it was captured with."""
-    assert TreeAttentionMetadataBuilder.get_cudagraph_support(None, None) is AttentionCGSupport.UNIFORM_BATCH
-
-
-def test_names():
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-    assert AttentionBackendEnum[TreeAttentionBackend.get_name()] is AttentionBackendEnum.CUSTOM
-    assert TreeAttentionBackend.get_impl_cls() is TreeAttentionImpl
-    assert TreeAttentionBackend.get_builder_cls() is TreeAttentionMetadataBuilder
+    assert AttentionBackendEnum[cls.get_name()] is AttentionBackendEnum.CUSTOM
+    assert cls.get_builder_cls().get_cudagraph_support(None, None) is AttentionCGSupport.UNIFORM_BATCH
 
 
 @pytest.mark.parametrize("window", [None, 7])
-def test_tree_rows(build, state, window):
-    torch.manual_seed(0)
-    rows = NODES + 1
-    metadata = build(rows)
-    query = torch.randn(rows, HEADS, DIM)
-    kv_cache = torch.randn(4, KV_HEADS, BLOCK, 2 * DIM)
-    layer = SimpleNamespace(_k_scale=torch.ones(1), _v_scale=torch.ones(1))
-    found = impl(window).forward(layer, query, None, None, kv_cache, metadata, torch.empty(rows, HEADS, DIM))
-    k, v = kv_cache.transpose(1, 2).split(DIM, dim=-1)
-    expected = reference.tree_attention(
-        query,
-        k,
-        v,
-        metadata.block_table,
-        metadata.query_start_loc,
-        metadata.seq_lens,
-        state.batch_mask,
-        state.batch_len,
-        scale=DIM**-0.5,
-        max_query_len=rows,
-        sliding_window=window or 0,
-        out=torch.empty_like(query),
-    )
-    torch.testing.assert_close(found, expected)
-
-
 @pytest.mark.parametrize(
-    ("query_len", "has_drafts", "only_chains", "tree_kernel"),
+    ("query_lens", "trees", "stock_rows"),
     [
-        pytest.param(NODES + 1, False, False, True, id="uniform-decode-graph"),
-        pytest.param(NODES, False, False, True, id="shorter-decode-graph"),
-        pytest.param(1, False, False, False, id="plain-decode"),
-        pytest.param(9, True, False, True, id="mixed-with-drafts"),
-        pytest.param(9, False, False, False, id="prompt-only"),
-        pytest.param(NODES + 1, True, True, False, id="chains-only"),
+        pytest.param([4, 4], [0, 1], 0, id="uniform"),
+        pytest.param([4, 4], [], 0, id="uniform-graph-without-drafts"),
+        pytest.param([3, 3], [0, 1], 0, id="shorter-uniform"),
+        pytest.param([4, 3, 1, 30], [0, 1], 31, id="trees-decode-prompt"),
+        pytest.param([9, 4, 17], [0], 21, id="tree-behind-a-prompt's-end"),
+        pytest.param([4, 2, 4], [0, 2], 0, id="request-without-drafts-between"),
+        pytest.param([1, 1], [], 2, id="plain-decode"),
+        pytest.param([9, 30], [], 39, id="prompts"),
     ],
 )
-def test_which_kernel(build, state, monkeypatch, query_len, has_drafts, only_chains, tree_kernel):
-    state.has_drafts, state.only_chains = has_drafts, only_chains
-    calls = []
-    monkeypatch.setattr(TritonAttentionImpl, "forward", lambda *args: calls.append("stock"))
-    monkeypatch.setattr("vllm_kvspec.engine.attention_shared.ops.tree_attention", lambda *a, **k: calls.append("tree"))
-    query = torch.zeros(query_len, HEADS, DIM)
-    layer = SimpleNamespace(_k_scale=torch.ones(1), _v_scale=torch.ones(1))
-    impl().forward(layer, query, None, None, torch.zeros(4, KV_HEADS, BLOCK, 2 * DIM), build(query_len), query.clone())
-    assert calls == ["tree" if tree_kernel else "stock"]
+def test_rows(backend, state, query_lens, trees, stock_rows, window):
+    state.num_draft_reqs = max(trees, default=-1) + 1
+    Run(backend, state, query_lens, trees, window)
+    assert backend.stock_rows == stock_rows
 
 
+def test_chains_run_the_stock_kernel(backend, state):
+    state.only_chains, state.num_draft_reqs = True, 1
+    Run(backend, state, [NODES + 1])
+    assert backend.stock_rows == NODES + 1
+
+
+def test_quantized_query(backend, state, monkeypatch):
+    """fp8 cache: views of its bytes, and the layer's three scales."""
+    found = {}
+    monkeypatch.setattr(
+        "vllm_kvspec.engine.attention_shared.ops.tree_attention",
+        lambda q, k, v, *a, **keys: found.update(keys, q=q, k=k, v=v),
+    )
+    monkeypatch.setattr("vllm_kvspec.engine.attention.current_platform.fp8_dtype", lambda: torch.float8_e4m3fn)
+    builder = object.__new__(backend.cls.get_builder_cls())
+    builder.tree_state = state
+    impl = backend.cls.get_impl_cls()(HEADS, DIM, DIM**-0.5, KV_HEADS, None, None, "auto")
+    impl.kv_cache_dtype = "fp8"
+    layer = SimpleNamespace(_q_scale="q", _k_scale="k", _v_scale="v")
+    query = torch.zeros(NODES + 1, HEADS, DIM).to(torch.float8_e4m3fn)
+    cache = torch.zeros(4, KV_HEADS, BLOCK, 2 * DIM, dtype=torch.uint8)
+    impl.forward(layer, query, query, query, cache, builder.build(0, batch([NODES + 1])), torch.zeros(query.shape))
+    assert (found["q_scale"], found["k_scale"], found["v_scale"]) == ("q", "k", "v")
+    assert {found[name].dtype for name in "qkv"} == {torch.float8_e4m3fn}
+    assert not impl.fused_output_quant_supported(None)
+
+
+@pytest.mark.parametrize("cls", STOCK)
 @pytest.mark.parametrize(
     ("argument", "sentence"), [({"sinks": torch.zeros(HEADS)}, "sinks"), ({"logits_soft_cap": 30.0}, "soft-capping")]
 )
-def test_refused_features(argument, sentence):
+def test_refused_features(cls, monkeypatch, argument, sentence):
+    monkeypatch.setattr("vllm.v1.attention.backends.flash_attn.flash_attn_supports_sinks", lambda: True, raising=False)
     with pytest.raises(ValueError, match=sentence):
-        TreeAttentionImpl(HEADS, DIM, DIM**-0.5, KV_HEADS, None, None, "auto", **argument)
+        cls.get_impl_cls()(HEADS, DIM, DIM**-0.5, KV_HEADS, None, None, "auto", **argument)

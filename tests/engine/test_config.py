@@ -5,14 +5,17 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from engine_runner import HEAD, TARGET
 from vllm.config import SpeculativeConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-from vllm_kvspec.engine.speculative_config import CPU_WORKER, KVSpecConfig
+from vllm_kvspec.engine.speculative_config import CPU_WORKER, KVSpecConfig, select_attention_backend
 from vllm_kvspec.models.create import write_untrained_head
 
 SYNTHETIC = {"rejection_sample_method": "synthetic"}
@@ -190,3 +193,50 @@ def test_config_survives_pickling():
     assert type(copy) is KVSpecConfig
     assert copy.parents == [0, 0, 1, 2]
     assert {f.name for f in dataclasses.fields(copy)} >= {"tree", "drafter", "num_speculative_tokens"}
+
+
+class FakeGPU:
+    """What `select_attention_backend` asks a CUDA platform."""
+
+    def __init__(self, major: int):
+        self.major = major
+
+    def is_cpu(self) -> bool:
+        return False
+
+    def get_device_capability(self):
+        return self
+
+
+@pytest.mark.parametrize(
+    ("major", "dtype", "asked", "stock"),
+    [
+        (9, torch.bfloat16, None, "FLASH_ATTN"),
+        (8, torch.float16, "AUTO", "FLASH_ATTN"),
+        (9, torch.float32, None, "TRITON_ATTN"),
+        (10, torch.bfloat16, None, "TRITON_ATTN"),
+        (9, torch.bfloat16, AttentionBackendEnum.TRITON_ATTN, "TRITON_ATTN"),
+        (10, torch.bfloat16, AttentionBackendEnum.FLASH_ATTN, "FLASH_ATTN"),
+    ],
+)
+def test_stock_attention(monkeypatch, major, dtype, asked, stock):
+    """FlashAttention where vLLM would take it, Triton elsewhere; the one asked for; the same when repeated."""
+    monkeypatch.setattr("vllm_kvspec.engine.speculative_config.current_platform", FakeGPU(major))
+    registered = []
+    monkeypatch.setattr("vllm_kvspec.engine.speculative_config.register_cuda_backend", registered.append)
+    arguments = EngineArgs(model=TARGET, attention_backend=asked)
+    target = SimpleNamespace(dtype=dtype, get_head_size=lambda: 64)
+    for _ in range(2):
+        config = SimpleNamespace(target_model_config=target)
+        select_attention_backend(arguments, config)
+        assert config.stock_attention == stock
+        assert arguments.attention_backend is None
+        assert arguments.attention_config.backend is AttentionBackendEnum.CUSTOM
+    assert registered == [stock, stock]
+
+
+def test_other_attention_backends_are_refused(monkeypatch):
+    monkeypatch.setattr("vllm_kvspec.engine.speculative_config.current_platform", FakeGPU(9))
+    arguments = EngineArgs(model=TARGET, attention_backend="FLASHINFER")
+    with pytest.raises(ValueError, match="FLASH_ATTN or TRITON_ATTN; found --attention-backend FLASHINFER"):
+        select_attention_backend(arguments, None)

@@ -83,11 +83,12 @@ def draft_attention(rows, group, dim, dtype, splits, window, causal, block_size,
 def verify_attention(rows, group, dim, dtype, splits, window, block_size, kv_heads=2) -> None:
     tree.num_splits = lambda *_: splits
     q_dtype, cache_dtype = DTYPES[dtype]
-    q = torch.zeros(2 * rows, group * kv_heads, dim, dtype=q_dtype)
-    scale = torch.ones(1) if dtype == "fp8" else 1.0
+    out = torch.zeros(2 * rows, group * kv_heads, dim, dtype=q_dtype)
+    # vLLM quantises the queries too where it quantises the cache.
+    q, scale = (out.to(cache_dtype), torch.ones(1)) if dtype == "fp8" else (out, 1.0)
     tree.tree_attention(
         q, *caches(kv_heads, dim, cache_dtype, block_size), ints(2, 64), ints(3), ints(2), longs(256, 64), ints(256),
-        scale=0.1, max_query_len=rows, sliding_window=window, k_scale=scale, v_scale=scale, out=torch.empty_like(q),
+        scale=0.1, max_query_len=rows, sliding_window=window, q_scale=scale, k_scale=scale, v_scale=scale, out=out,
     )  # fmt: skip
 
 

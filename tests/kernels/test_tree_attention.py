@@ -154,6 +154,18 @@ def test_scales_and_fp8_cache(make_paged, dense, device):
             assert relative_error(out, truth) < TOLERANCE[torch.float32]
 
 
+def test_fp8_query(make_paged, dense, device):
+    """Where the cache is fp8 vLLM hands over fp8 queries; products are in the output's dtype all the same."""
+    case = Case(make_paged, device, [(9, 40, 9), (1, 20, 0)], 4, 2, 64, 16, torch.float32, HND, 0, 9)
+    quantized = case.q.to(torch.float8_e4m3fn)
+    case.q = quantized.float() * 0.25
+    case.args = (quantized, *case.args[1:])
+    truth = case.truth(dense)
+    for attention in (tree_attention, reference.tree_attention):
+        for q_scale in (0.25, torch.tensor([0.25], device=device)):
+            assert relative_error(case.run(attention, q_scale=q_scale), truth) < TOLERANCE[torch.float32]
+
+
 def test_upper_bound_of_query_length_is_enough(make_paged, dense, device):
     case = Case(make_paged, device, [(5, 30, 5), (1, 9, 0)], 4, 2, 64, 16, torch.float32, HND, 0, 9)
     out = case.run(tree_attention, max_query_len=64)

@@ -15,6 +15,7 @@ def attend(
     metadata,
     sliding_window: int,
     output: torch.Tensor,
+    q_scale: float | torch.Tensor = 1.0,
     k_scale: float | torch.Tensor = 1.0,
     v_scale: float | torch.Tensor = 1.0,
 ) -> None:
@@ -36,6 +37,7 @@ def attend(
         scale=impl.scale,
         max_query_len=metadata.max_query_len,
         sliding_window=sliding_window,
+        q_scale=q_scale,
         k_scale=k_scale,
         v_scale=v_scale,
         out=output[:tokens].view(tokens, impl.num_heads, impl.head_size),

@@ -6,10 +6,16 @@ import contextlib
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.attention.selector import _cached_get_attn_backend
 
+# By the stock backend that runs the rows which are on no tree.
+CUDA_BACKENDS = {
+    "FLASH_ATTN": "vllm_kvspec.engine.attention.FlashTreeBackend",
+    "TRITON_ATTN": "vllm_kvspec.engine.attention.TritonTreeBackend",
+}
 
-def register_cuda_backend() -> None:
-    """CUSTOM is the enum member vLLM keeps for plugins."""
-    register_backend(AttentionBackendEnum.CUSTOM, "vllm_kvspec.engine.attention.TreeAttentionBackend")
+
+def register_cuda_backend(stock: str) -> None:
+    """CUSTOM is the enum member vLLM keeps for plugins. ``stock`` is a key of `CUDA_BACKENDS`."""
+    register_backend(AttentionBackendEnum.CUSTOM, CUDA_BACKENDS[stock])
 
 
 @contextlib.contextmanager

@@ -77,6 +77,15 @@ RUNNER_CONTRACT = {
         "uniform_token_count",
         "num_active_loras",
     ),
+    **{
+        (f"vllm.v1.attention.backends.{module}", f"{name}.{method}"): parameters
+        for module, prefix in (("flash_attn", "FlashAttention"), ("triton_attn", "TritonAttention"))
+        for name, method, parameters in (
+            (f"{prefix}MetadataBuilder", "build", ("self", "common_prefix_len", "common_attn_metadata", "fast_build")),
+            (f"{prefix}Impl", "forward", ("self", "layer", "query", "kv_cache", "attn_metadata", "output")),
+        )
+    },
+    ("vllm.v1.worker.gpu.model_runner", "sort_batch_req_ids"): ("num_tokens_per_req", "draft_tokens"),
     ("vllm.v1.worker.gpu.sample.gumbel", "gumbel_sample"): (
         "logits",
         "expanded_idx_mapping",

@@ -6,6 +6,7 @@ target's forward verifies every row; ``sample`` walks the tree and moves the acc
 then updates the request states and calls the speculator. Nothing here waits for the device.
 """
 
+import numpy as np
 import torch
 from vllm.logger import init_logger
 from vllm.sampling_params import SamplingParams
@@ -94,7 +95,7 @@ class KVSpecRunnerMixin(MeasuresStepCosts):
         if input_batch.num_draft_tokens == 0:
             state.clear_batch()
             return block_tables, slot_mappings
-        state.has_drafts = True
+        state.num_draft_reqs = int(np.flatnonzero(np.diff(input_batch.cu_num_logits_np) > 1)[-1]) + 1
         ops.tree_inputs(
             input_batch.positions,
             input_batch.logits_indices,

@@ -2,6 +2,7 @@
 """The user's ``--speculative-config`` for kvspec: parsing, defaults, and every refusal that can be made at start."""
 
 from collections import Counter
+from dataclasses import field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,10 +12,11 @@ from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig
 from vllm.config.utils import config
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from vllm_kvspec import __version__
 from vllm_kvspec.config import KVSpecDraftConfig, check_fingerprint, target_fingerprint
-from vllm_kvspec.engine.backend_registry import register_cuda_backend
+from vllm_kvspec.engine.backend_registry import CUDA_BACKENDS, register_cuda_backend
 from vllm_kvspec.engine.budget import Acceptance, budget_sizes, graph_schedule, read_costs
 from vllm_kvspec.tree import MAX_NODES, check_parents, depths, num_candidates, parents_from_widths
 
@@ -52,6 +54,8 @@ class KVSpecConfig(SpeculativeConfig):
     """For ``budget: "auto"``: a JSON table of step costs (``budget.MeasuredCosts``), used instead of timed steps."""
     oracle_file: str | None = None
     """For ``drafter: "oracle"``: a JSON list of token id lists, each a prompt with its continuation."""
+    stock_attention: str = field(default="TRITON_ATTN", init=False)
+    """vLLM's attention backend for the rows that are on no tree; settled by `select_attention_backend`."""
 
     def __post_init__(self):
         """Replaces the base class's: no method detection by substrings of the path. Raises ValueError."""
@@ -195,7 +199,7 @@ class KVSpecConfig(SpeculativeConfig):
         """Unpickled in the engine core and the workers: each may resolve the attention backend by its name."""
         self.__dict__.update(state)
         if not current_platform.is_cpu():
-            register_cuda_backend()
+            register_cuda_backend(self.stock_attention)
 
     def __repr__(self) -> str:
         return (
@@ -279,6 +283,10 @@ def refuse_engine_options(engine_args: Any, model: ModelConfig, parallel: Parall
         if model.uses_mrope
         else "diffusion"
         if model.is_diffusion
+        else "reference sliding-window attention"
+        if model.rswa_window is not None
+        else "a bidirectional prefix"
+        if model.is_mm_prefix_lm
         else None
     )
     if model_kind:
@@ -316,20 +324,42 @@ def refuse_engine_options(engine_args: Any, model: ModelConfig, parallel: Parall
             )
 
 
-def select_attention_backend(engine_args: Any) -> None:
-    """Choose our tree attention backend on CUDA. On CPU the worker overrides CPU_ATTN. Raises ValueError."""
+def select_attention_backend(engine_args: Any, config: KVSpecConfig) -> None:
+    """Choose our tree attention backend on CUDA, over FlashAttention where vLLM would choose that, else over Triton.
+
+    ``--attention-backend FLASH_ATTN`` or ``TRITON_ATTN`` asks for one of them. On CPU the worker overrides CPU_ATTN.
+    Raises ValueError for other backends.
+    """
     if current_platform.is_cpu():
         return
     asked = engine_args.attention_backend or engine_args.attention_config.backend
-    name = getattr(asked, "name", asked)
-    if name is not None and str(name).upper() not in ("AUTO", "CUSTOM"):
+    name = str(getattr(asked, "name", asked)).upper()
+    # The same arguments may be turned into a config more than once.
+    if name == "CUSTOM":
+        name = getattr(engine_args, "kvspec_stock_attention", "AUTO")
+    if name in ("NONE", "AUTO"):
+        name = "FLASH_ATTN" if _prefers_flash_attention(engine_args, config.target_model_config) else "TRITON_ATTN"
+    if name not in CUDA_BACKENDS:
         raise ValueError(
-            f"kvspec verifies trees with its own attention backend; found --attention-backend {name}. "
-            "Leave the flag out."
+            f"kvspec verifies trees with its own kernel and runs all other rows on {' or '.join(CUDA_BACKENDS)}; found "
+            f"--attention-backend {name}. Leave the flag out, or give one of the two."
         )
-    register_cuda_backend()
-    if engine_args.attention_config.backend is None:
-        engine_args.attention_backend = "CUSTOM"
+    config.stock_attention = engine_args.kvspec_stock_attention = name
+    register_cuda_backend(name)
+    engine_args.attention_backend = None
+    engine_args.attention_config.backend = AttentionBackendEnum.CUSTOM
+
+
+def _prefers_flash_attention(engine_args: Any, target: ModelConfig) -> bool:
+    """Whether FlashAttention leads vLLM's list for this GPU and can run this model (``CudaPlatform``, vLLM 0.32)."""
+    from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend
+
+    return (
+        current_platform.get_device_capability().major in (8, 9)
+        and target.dtype in FlashAttentionBackend.supported_dtypes
+        and FlashAttentionBackend.supports_head_size(target.get_head_size())
+        and FlashAttentionBackend.supports_kv_cache_dtype(engine_args.kv_cache_dtype)
+    )
 
 
 def select_budget(engine_args: Any, config: KVSpecConfig, parallel: ParallelConfig) -> None:
@@ -392,7 +422,7 @@ def create_kvspec_config(
     kvspec = KVSpecConfig(
         **settings, target_model_config=target_model_config, target_parallel_config=target_parallel_config
     )
-    select_attention_backend(engine_args)
+    select_attention_backend(engine_args, kvspec)
     select_budget(engine_args, kvspec, target_parallel_config)
     target_parallel_config.worker_cls = CPU_WORKER if current_platform.is_cpu() else CUDA_WORKER
     head = kvspec.draft_model_config.hf_config

@@ -8,6 +8,7 @@ K then V in the last dimension, under whatever strides its layout has.
 from dataclasses import dataclass
 
 import torch
+from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, SlidingWindowSpec
 
 from vllm_kvspec.kernels.kv_compact import kv_base_ptrs
@@ -76,8 +77,7 @@ def layers_by_index(kv_cache_config: KVCacheConfig) -> dict[int, tuple[str, int]
 def paged_layer(name: str, group: int, static_forward_context: dict) -> PagedLayer:
     """Views of the attention layer ``name``. Its cache must be bound already."""
     layer = static_forward_context[name]
-    impl = layer.impl
-    cache_dtype = getattr(impl, "fp8_dtype", None) if impl.kv_cache_dtype.startswith("fp8") else None
+    cache_dtype = current_platform.fp8_dtype() if layer.impl.kv_cache_dtype.startswith("fp8") else None
     k_cache, v_cache = split_kv(layer.kv_cache, layer.head_size, cache_dtype)
     window = layer.sliding_window or 0
     return PagedLayer(k_cache, v_cache, layer._k_scale, layer._v_scale, group, window)

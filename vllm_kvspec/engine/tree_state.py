@@ -41,8 +41,9 @@ class TreeState:
         self.chain = UvaBackedTensor(max_num_reqs, dtype=torch.int32)
         # Host-side: no request ever gets branches, so plain causal attention and the slots as they are serve.
         self.only_chains = False
-        # Host-side: does this step verify drafts? Decides which attention kernel runs outside full CUDA graphs.
-        self.has_drafts = False
+        # Host-side: the batch's leading requests that hold all with drafts. Decides which attention kernel runs for
+        # whom outside full CUDA graphs.
+        self.num_draft_reqs = 0
 
     def any_chain(self, rows: np.ndarray) -> bool:
         """Whether any of the requests in ``rows`` must get a chain. Known on the host."""
@@ -68,4 +69,4 @@ class TreeState:
     def clear_batch(self) -> None:
         """No request of this step has tree rows."""
         self.batch_len.zero_()
-        self.has_drafts = False
+        self.num_draft_reqs = 0

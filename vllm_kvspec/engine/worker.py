@@ -41,7 +41,7 @@ class KVSpecWorker(Worker):
 
     def __init__(self, vllm_config, *args, **kwargs):
         require_v2(vllm_config)
-        register_cuda_backend()
+        register_cuda_backend(vllm_config.speculative_config.stock_attention)
         super().__init__(vllm_config, *args, **kwargs)
 
     def compile_or_warm_up_model(self):
