@@ -29,7 +29,8 @@ TARGETS = {
     "tiny": {
         "hidden_size": 64,
         "intermediate_size": 128,
-        "num_hidden_layers": 2,
+        # The fewest for which EAGLE-3's three taps and DFlash's five are different layers.
+        "num_hidden_layers": 7,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "head_dim": 32,

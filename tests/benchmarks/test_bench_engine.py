@@ -16,17 +16,19 @@ def bench():
 
 @pytest.mark.e2e
 @pytest.mark.slow
-def test_plain_and_tree(bench, tmp_path, device):
+def test_plain_tree_and_eagle3(bench, tmp_path, device):
     rates = [0.9, 0.6, 0.3]
     arguments = ["--small", "--device", device.type, "--steps", "12", "--rates", *map(str, rates)]
+    arguments += ["--methods", "none", "kvspec-tree", "eagle3"]
     assert bench.main([*arguments, "--output", str(tmp_path / "engine")]) == 0
     rows = json.loads((tmp_path / "engine.json").read_text())["rows"]
-    plain, tree = rows
-    assert (plain["method"], tree["method"]) == ("none", "kvspec-tree")
+    assert [row["method"] for row in rows] == ["none", "kvspec-tree", "eagle3"]
+    plain, tree, eagle3 = rows
     assert plain["tau"] == 1.0
     # 24 draws with standard deviation 1.1, always the same ones: the seeds are fixed.
     assert tree["tau"] == pytest.approx(1 + sum(rates), abs=0.5)
-    assert tree["KV tokens"] == plain["KV tokens"]
+    assert eagle3["tau"] == pytest.approx(1 + sum(rates), abs=0.5)
+    assert eagle3["KV tokens"] < tree["KV tokens"] == plain["KV tokens"]
     for row in rows:
         assert row["ms per step"] == pytest.approx(row["verify ms"] + row["draft ms"] + row["rest ms"])
         assert row["verify ms"] > 0
