@@ -115,6 +115,7 @@ def test_names_and_graphs(cls):
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
     assert AttentionBackendEnum[cls.get_name()] is AttentionBackendEnum.CUSTOM
+    assert not cls.supports_per_head_quant_scales() and not cls.supports_batch_invariance()
     assert cls.get_builder_cls().get_cudagraph_support(None, None) is AttentionCGSupport.UNIFORM_BATCH
 
 

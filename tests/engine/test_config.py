@@ -128,6 +128,8 @@ def test_refused_keys(keys, parts):
         ({"pipeline_parallel_size": 2}, "--pipeline-parallel-size; found 2"),
         ({"decode_context_parallel_size": 2, "tensor_parallel_size": 2}, "--decode-context-parallel-size; found 2"),
         ({"kv_cache_dtype": "int8_per_token_head"}, "--kv-cache-dtype; found int8_per_token_head"),
+        ({"kv_cache_dtype": "fp8"}, "--kv-cache-dtype; found fp8"),
+        ({"enable_lora": True}, "--enable-lora"),
         ({"worker_cls": "some.other.Worker"}, "--worker-cls; found some.other.Worker"),
     ],
 )
@@ -225,7 +227,7 @@ def test_stock_attention(monkeypatch, major, dtype, asked, stock):
     registered = []
     monkeypatch.setattr("vllm_kvspec.engine.speculative_config.register_cuda_backend", registered.append)
     arguments = EngineArgs(model=TARGET, attention_backend=asked)
-    target = SimpleNamespace(dtype=dtype, get_head_size=lambda: 64)
+    target = SimpleNamespace(dtype=dtype, get_head_size=lambda: 64, hf_config=None)
     for _ in range(2):
         config = SimpleNamespace(target_model_config=target)
         select_attention_backend(arguments, config)

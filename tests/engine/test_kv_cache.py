@@ -1,11 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """The KV cache after tree decoding: none of it is ours, and the target's part is what plain decoding leaves."""
 
+import contextlib
+from types import SimpleNamespace
+
+import pytest
 import requests_mix
 import torch
 from engine_runner import TARGET, generate
 from transformers import AutoModelForCausalLM
 
+# isort: off
+import vllm.v1.worker.cpu.shm  # noqa: F401
+from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend, TritonAttentionMetadataBuilder
+
+# isort: on
+from vllm_kvspec.engine.attention_cpu import CPUTreeMetadataBuilder
+from vllm_kvspec.engine.runner import KVSpecRunnerMixin
 from vllm_kvspec.engine.target_kv import layers_by_index, split_kv
 
 # fp32, eight layers, another order of summation.
@@ -53,3 +64,24 @@ def test_equals_a_plain_forward(reference, oracle_file, make_engine, spec):
     for (k, v), layer in zip(found, past.layers, strict=True):
         torch.testing.assert_close(k, layer.keys[0].transpose(0, 1), atol=TOLERANCE, rtol=TOLERANCE)
         torch.testing.assert_close(v, layer.values[0].transpose(0, 1), atol=TOLERANCE, rtol=TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("builder", "kernel_block_size", "sentence"),
+    [
+        (CPUTreeMetadataBuilder, None, None),
+        (TritonAttentionMetadataBuilder, None, "has TritonAttentionBackend"),
+        (CPUTreeMetadataBuilder, 128, "Pass --block-size 128"),
+    ],
+)
+def test_layers_of_another_backend_are_refused(builder, kernel_block_size, sentence):
+    """They would take tree rows for a chain, or number their blocks otherwise than the head does."""
+    group = SimpleNamespace(
+        metadata_builders=[object.__new__(builder)],
+        layer_names=["model.layers.0"],
+        backend=TritonAttentionBackend,
+        kernel_block_size=kernel_block_size,
+        kv_cache_spec=SimpleNamespace(block_size=256),
+    )
+    with pytest.raises(ValueError, match=sentence) if sentence else contextlib.nullcontext():
+        KVSpecRunnerMixin._check_backend(None, group)

@@ -27,23 +27,31 @@ TARGETS = {
     "llama": {"num_attention_heads": 6, "num_key_value_heads": 1, "head_dim": 32},
     "qwen2": {"num_attention_heads": 3, "num_key_value_heads": 3},
     "mistral": {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "sliding_window": 20},
+    # Two KV cache groups, whose layers share memory and not blocks.
+    "llama-interleaved": {
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "sliding_window": 20,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+    },
 }
 
 
-def write_target(model_type: str, directory: Path) -> Path:
+def write_target(name: str, directory: Path) -> Path:
     torch.manual_seed(0)
-    config = AutoConfig.for_model(model_type, **COMMON, **TARGETS[model_type])
+    config = AutoConfig.for_model(name.split("-")[0], **COMMON, **TARGETS[name])
     AutoModelForCausalLM.from_config(config).save_pretrained(directory)
     for path in Path(TARGET).glob("tokenizer*"):
         shutil.copy(path, directory)
     return directory
 
 
-@pytest.mark.parametrize("model_type", TARGETS)
-def test_identity(model_type, tmp_path, make_engine, script, same):
-    target = str(write_target(model_type, tmp_path / "target"))
+@pytest.mark.parametrize("name", TARGETS)
+def test_identity(name, tmp_path, make_engine, script, same):
+    target = str(write_target(name, tmp_path / "target"))
     # The bundled head is a hybrid one; here the other context is served as well.
-    context = "kv" if model_type == "llama" else "hybrid"
+    context = "kv" if name.startswith("llama") else "hybrid"
     head = str(write_untrained_head(target, str(tmp_path / "head"), dtype=torch.float32, context=context))
     batch = [request(n, 131 * n, temperature=t, seed=n) for n, t in ((3, 0.0), (18, 1.0), (45, 0.0), (70, 1.0))]
     expected = script({"engine": {"model": target, **PLAIN_ENGINE}, "batches": [batch]})["outputs"]

@@ -25,7 +25,7 @@ from vllm.v1.attention.backends.triton_attn import (
     TritonAttentionMetadataBuilder,
 )
 
-from vllm_kvspec.engine.attention_shared import attend, refuse_attention_features
+from vllm_kvspec.engine.attention_shared import HasTreeState, attend, refuse_attention_features
 from vllm_kvspec.engine.target_kv import split_kv
 from vllm_kvspec.engine.tree_state import TreeState
 
@@ -61,13 +61,11 @@ def without_leading(common: CommonAttentionMetadata, num_reqs: int) -> CommonAtt
     )
 
 
-class TreeMetadataBuilder:
+class TreeMetadataBuilder(HasTreeState):
     """Over a stock metadata builder."""
 
     # A graph of mixed lengths would be captured without drafts, hence with the stock kernel, and replayed with them.
     _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_BATCH
-    # Set by the runner once the KV caches exist.
-    tree_state: TreeState
 
     def build(self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False):
         """``TreeMetadata`` if any row may be on a tree, else stock metadata."""
@@ -143,12 +141,26 @@ class TritonTreeAttention(TreeAttention, TritonAttentionImpl):
     pass
 
 
-class TritonTreeBackend(TritonAttentionBackend):
+class TreeBackend:
+    """Over a stock backend."""
+
     @staticmethod
     def get_name() -> str:
         # The enum member that vLLM keeps for plugins.
         return "CUSTOM"
 
+    @classmethod
+    def supports_per_head_quant_scales(cls) -> bool:
+        """The tree kernel and the head read one scale for a layer."""
+        return False
+
+    @classmethod
+    def supports_batch_invariance(cls) -> bool:
+        """The tree kernel's tiles and splits depend on the batch."""
+        return False
+
+
+class TritonTreeBackend(TreeBackend, TritonAttentionBackend):
     @staticmethod
     def get_impl_cls() -> type[TritonTreeAttention]:
         return TritonTreeAttention
@@ -166,11 +178,7 @@ class FlashTreeAttention(TreeAttention, FlashAttentionImpl):
     pass
 
 
-class FlashTreeBackend(FlashAttentionBackend):
-    @staticmethod
-    def get_name() -> str:
-        return "CUSTOM"
-
+class FlashTreeBackend(TreeBackend, FlashAttentionBackend):
     @staticmethod
     def get_impl_cls() -> type[FlashTreeAttention]:
         return FlashTreeAttention

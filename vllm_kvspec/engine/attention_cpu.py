@@ -20,7 +20,7 @@ from vllm.v1.attention.backend import (
     MultipleOf,
 )
 
-from vllm_kvspec.engine.attention_shared import attend, refuse_attention_features
+from vllm_kvspec.engine.attention_shared import HasTreeState, attend, refuse_attention_features
 from vllm_kvspec.engine.target_kv import split_kv
 from vllm_kvspec.engine.tree_state import TreeState
 
@@ -36,10 +36,7 @@ class CPUTreeMetadata:
     tree_state: TreeState
 
 
-class CPUTreeMetadataBuilder(AttentionMetadataBuilder[CPUTreeMetadata]):
-    # Set by the runner once the KV caches exist.
-    tree_state: TreeState
-
+class CPUTreeMetadataBuilder(HasTreeState, AttentionMetadataBuilder[CPUTreeMetadata]):
     def __init__(self, kv_cache_spec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
 

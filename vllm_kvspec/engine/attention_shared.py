@@ -1,10 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the CUDA and the CPU attention backends share: the call of the tree attention op, and what it cannot compute."""
+"""What the CUDA and CPU attention backends share: the tree state, the call of the op, and what it cannot compute."""
 
 import torch
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
 from vllm_kvspec.engine import ops
+from vllm_kvspec.engine.tree_state import TreeState
+
+
+class HasTreeState:
+    """Base of our metadata builders. A layer with another builder would take tree rows for a chain."""
+
+    # Set by the runner once the KV caches exist.
+    tree_state: TreeState
 
 
 def attend(

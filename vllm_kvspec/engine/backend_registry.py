@@ -16,6 +16,8 @@ CUDA_BACKENDS = {
 def register_cuda_backend(stock: str) -> None:
     """CUSTOM is the enum member vLLM keeps for plugins. ``stock`` is a key of `CUDA_BACKENDS`."""
     register_backend(AttentionBackendEnum.CUSTOM, CUDA_BACKENDS[stock])
+    # vLLM remembers the class by the layer's shape alone; an engine before may have had the other one.
+    _cached_get_attn_backend.cache_clear()
 
 
 @contextlib.contextmanager
@@ -26,7 +28,6 @@ def cpu_backend():
     its model: another engine in the same process must get vLLM's own.
     """
     register_backend(AttentionBackendEnum.CPU_ATTN, "vllm_kvspec.engine.attention_cpu.CPUTreeAttentionBackend")
-    # vLLM remembers the class by the layer's shape alone.
     _cached_get_attn_backend.cache_clear()
     try:
         yield

@@ -15,6 +15,7 @@ RUNNER_CONTRACT = {
     ("vllm.v1.worker.gpu.model_runner", "init_speculator"): ("vllm_config", "device", "req_states"),
     ("vllm.v1.worker.gpu.model_runner", "GPUModelRunner.load_model"): ("self",),
     ("vllm.v1.worker.gpu.model_runner", "GPUModelRunner.initialize_kv_cache"): ("self", "kv_cache_config"),
+    ("vllm.v1.worker.gpu.model_runner", "GPUModelRunner.capture_model"): ("self",),
     ("vllm.v1.worker.gpu.model_runner", "GPUModelRunner.add_requests"): ("self", "scheduler_output"),
     ("vllm.v1.worker.gpu.model_runner", "GPUModelRunner.prepare_attn"): ("self", "input_batch"),
     ("vllm.v1.worker.gpu.model_runner", "GPUModelRunner.prepare_dummy_attn"): ("self", "input_batch"),

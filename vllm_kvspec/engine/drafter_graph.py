@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CUDA graphs of the drafter: one for each batch size of the target's decode graphs.
+"""CUDA graphs of the drafter: one for most batch sizes of the target's decode graphs.
 
 A graph holds everything from the draft rows to the stored trees. vLLM's manager captures and replays it; here is only
 which sizes there are. A batch is padded to the next size, by rows that belong to no request; one beyond the largest
@@ -11,6 +11,18 @@ from collections.abc import Callable
 import torch
 from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, CudaGraphManager
+
+# The most a batch is padded by: a few more rows cost the drafter little, a graph more costs start-up time and memory.
+MAX_PADDING = 1.25
+
+
+def _thinned(sizes: set[int]) -> list[int]:
+    """Ascending sizes with the largest; from 5 on without those that a larger one serves within MAX_PADDING."""
+    kept: list[int] = []
+    for size in sorted(sizes, reverse=True):
+        if not kept or size <= 4 or size * MAX_PADDING <= kept[-1]:
+            kept.append(size)
+    return kept[::-1]
 
 
 class DrafterGraphs(CudaGraphManager):
@@ -25,7 +37,7 @@ class DrafterGraphs(CudaGraphManager):
         """Whatever number of nodes a target graph verifies, a draft has one row per request."""
         super()._init_candidates()
         decode = self._capture_descs.pop(CUDAGraphMode.FULL, [])
-        sizes = sorted({desc.num_reqs for desc in decode if desc.uniform_token_count > 1})
+        sizes = _thinned({desc.num_reqs for desc in decode if desc.uniform_token_count > 1})
         self._candidates.clear()
         for below, size in zip([0, *sizes], sizes, strict=False):
             desc = BatchExecutionDescriptor(CUDAGraphMode.FULL, num_tokens=size, num_reqs=size, uniform_token_count=1)

@@ -13,6 +13,7 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
 from vllm_kvspec.engine import ops
+from vllm_kvspec.engine.attention_shared import HasTreeState
 from vllm_kvspec.engine.decode_graphs import cover_query_lengths
 from vllm_kvspec.engine.sampler import TreeRejectionSampler
 from vllm_kvspec.engine.step_costs import MeasuresStepCosts
@@ -69,6 +70,9 @@ class KVSpecRunnerMixin(MeasuresStepCosts):
 
     def initialize_kv_cache(self, kv_cache_config, *args, **kwargs) -> None:
         check_groups(kv_cache_config)
+        # The small cache that vLLM measures CUDA graphs with must be free before the real one is allocated.
+        self.cache_classes = []
+        self.speculator.release_target_kv()
         super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
         if self.cudagraph_manager is not None:
             cover_query_lengths(self.cudagraph_manager)
@@ -77,8 +81,27 @@ class KVSpecRunnerMixin(MeasuresStepCosts):
         self.speculator.bind_target_kv(self.kv_cache_config, context)
         for groups in self.attn_groups:
             for group in groups:
+                self._check_backend(group)
                 for builder in group.metadata_builders:
                     builder.tree_state = self.tree_state
+
+    def _check_backend(self, group) -> None:
+        """Raise ValueError if vLLM gave some layers another backend, or blocks that are not the cache's."""
+        if not all(isinstance(builder, HasTreeState) for builder in group.metadata_builders):
+            raise ValueError(
+                f"kvspec needs its own attention backend on every layer; {group.layer_names[0]} has "
+                f"{group.backend.__name__}. Leave backend_per_kind out of --attention-config, or serve without kvspec."
+            )
+        if group.kernel_block_size is not None:
+            raise ValueError(
+                f"kvspec needs an attention kernel with the KV cache's block size, {group.kv_cache_spec.block_size}; "
+                f"found {group.kernel_block_size}. Pass --block-size {group.kernel_block_size}."
+            )
+
+    def capture_model(self, *args, **kwargs) -> int:
+        # Which kernel a graph holds must not depend on the batch that ran last.
+        self.tree_state.clear_batch()
+        return super().capture_model(*args, **kwargs)
 
     def add_requests(self, scheduler_output) -> None:
         super().add_requests(scheduler_output)

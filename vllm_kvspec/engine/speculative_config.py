@@ -12,6 +12,7 @@ from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig
 from vllm.config.utils import config
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
+from vllm.utils.torch_utils import resolve_kv_cache_dtype_string
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from vllm_kvspec import __version__
@@ -30,6 +31,8 @@ CUDA_WORKER = "vllm_kvspec.engine.worker.KVSpecWorker"
 SCHEDULER = "vllm_kvspec.engine.scheduler.create_scheduler"
 # Where the user gives no --max-num-seqs, vLLM chooses it later; this only sizes the list of CUDA graphs.
 DEFAULT_MAX_NUM_SEQS = 256
+# Plain K and V, or with one scale per tensor; the first three on CPU too.
+CACHE_DTYPES = ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3")
 CPU_WORKER = "vllm_kvspec.engine.worker_cpu.KVSpecCPUWorker"
 
 
@@ -294,7 +297,8 @@ def refuse_engine_options(engine_args: Any, model: ModelConfig, parallel: Parall
             f"kvspec needs a decoder whose KV cache is plain attention; {model.model} has {model_kind}. "
             "Serve it without speculation or with another method."
         )
-    cache_dtype = engine_args.kv_cache_dtype
+    cache_dtype = resolve_kv_cache_dtype_string(engine_args.kv_cache_dtype, model)
+    cache_dtypes = CACHE_DTYPES[:3] if current_platform.is_cpu() else CACHE_DTYPES
     options = [
         ("--pipeline-parallel-size", parallel.pipeline_parallel_size, parallel.pipeline_parallel_size > 1),
         (
@@ -312,7 +316,9 @@ def refuse_engine_options(engine_args: Any, model: ModelConfig, parallel: Parall
         ("--kv-transfer-config", "a connector", engine_args.kv_transfer_config is not None),
         ("--watermark-config", "a watermark", getattr(engine_args, "watermark_config", None) is not None),
         ("--kv-sharing-fast-prefill", True, engine_args.kv_sharing_fast_prefill),
-        ("--kv-cache-dtype", cache_dtype, cache_dtype.endswith("per_token_head")),
+        ("--kv-cache-dtype", cache_dtype, cache_dtype not in cache_dtypes),
+        # The head shares the embedding and the LM head; vLLM's adapters map their rows by the target's batch.
+        ("--enable-lora", True, engine_args.enable_lora),
         ("--worker-cls", parallel.worker_cls, parallel.worker_cls not in ("auto", CUDA_WORKER, CPU_WORKER)),
         ("--return-sampling-mask", True, getattr(model, "return_sampling_mask", False)),
         ("--enable-trace-replay", True, getattr(model, "enable_trace_replay", False)),
@@ -354,11 +360,12 @@ def _prefers_flash_attention(engine_args: Any, target: ModelConfig) -> bool:
     """Whether FlashAttention leads vLLM's list for this GPU and can run this model (``CudaPlatform``, vLLM 0.32)."""
     from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend
 
+    cache_dtype = resolve_kv_cache_dtype_string(engine_args.kv_cache_dtype, target)
     return (
-        current_platform.get_device_capability().major in (8, 9)
+        current_platform.get_device_capability().major != 10
         and target.dtype in FlashAttentionBackend.supported_dtypes
         and FlashAttentionBackend.supports_head_size(target.get_head_size())
-        and FlashAttentionBackend.supports_kv_cache_dtype(engine_args.kv_cache_dtype)
+        and FlashAttentionBackend.supports_kv_cache_dtype(cache_dtype)
     )
 
 

@@ -62,6 +62,10 @@ class KVSpecSpeculator(DraftModelSpeculator):
         """The accepted path of the last verification is read from it."""
         self.rejection_sampler = rejection_sampler
 
+    def release_target_kv(self) -> None:
+        """Keep no KV cache alive: a new one is about to be allocated."""
+        self.drafter.bind([], [])
+
     def bind_target_kv(self, kv_cache_config, static_forward_context: dict) -> None:
         """Find the target layers the head reads. Called whenever KV caches are (re)allocated. Raises ValueError."""
         names = layers_by_index(kv_cache_config)

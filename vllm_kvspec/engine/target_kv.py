@@ -84,15 +84,14 @@ def paged_layer(name: str, group: int, static_forward_context: dict) -> PagedLay
 
 
 def cache_classes(kv_cache_config: KVCacheConfig, static_forward_context: dict) -> list[CacheClass]:
-    """All target caches by (group, shape, strides, dtype); layers that share a cache are counted once."""
+    """All target caches by (group, shape, strides, dtype).
+
+    Layers of several groups may have one memory, of which each group owns other blocks.
+    """
     classes: dict[tuple, list[torch.Tensor]] = {}
-    seen: set[int] = set()
     for number, group in enumerate(kv_cache_config.kv_cache_groups):
         for name in group.layer_names:
             cache = static_forward_context[name].kv_cache
-            if cache.data_ptr() in seen:
-                continue
-            seen.add(cache.data_ptr())
             key = (number, tuple(cache.shape), cache.stride(), cache.dtype)
             classes.setdefault(key, []).append(cache)
     return [CacheClass(key[0], caches, kv_base_ptrs(caches)) for key, caches in classes.items()]
