@@ -5,10 +5,12 @@ It owns no vLLM ``Attention`` layer, so vLLM allocates no KV cache for it: conte
 read in place, and the block's own live only within one call.
 """
 
+import contextlib
 from collections.abc import Iterable
 
 import torch
 from torch import nn
+from vllm import ir
 from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.activation import SiluAndMul
@@ -16,6 +18,7 @@ from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.rotary_embedding import get_rope
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
+from vllm.platforms import current_platform
 
 from vllm_kvspec.config import KVSpecDraftConfig
 from vllm_kvspec.engine import ops
@@ -77,7 +80,9 @@ class KVSpecAttention(nn.Module):
         if self.q_norm is not None:
             q = self.q_norm(q.reshape(-1, self.num_heads, self.head_dim)).view(-1, q_size)
             k = self.k_norm(k.reshape(-1, self.num_kv_heads, self.head_dim)).view(-1, kv_size)
-        q, k = self.rotary_emb(positions, q, k)
+        # The layer's own dispatch takes the torch version wherever compiled models are the default.
+        rotate = self.rotary_emb.forward_cuda if current_platform.is_cuda() else self.rotary_emb
+        q, k = rotate(positions, q, k)
         rows = (len(context_lens), -1)
         q = q.view(*rows, self.num_heads, self.head_dim)
         out = ops.paged_draft_attention(
@@ -97,6 +102,13 @@ class KVSpecAttention(nn.Module):
         )
         output, _ = self.o_proj(out.view(-1, q_size))
         return output
+
+
+def one_kernel_norms():
+    """The head is not compiled, and for what is not, vLLM's default on CUDA is a norm of eight small torch kernels."""
+    if current_platform.is_cuda():
+        return ir.ops.rms_norm.set_priority(["vllm_c", "native"])
+    return contextlib.nullcontext()
 
 
 class KVSpecMLP(nn.Module):
@@ -198,9 +210,10 @@ class KVSpecDraftModel(nn.Module):
         """
         positions = (base.long()[:, None] + torch.arange(rows.shape[1], device=base.device)).flatten()
         hidden = rows.flatten(0, 1)
-        for layer, target in zip(self.layers, context, strict=True):
-            hidden = layer(hidden, positions, target, block_tables[target.group], base)
-        return self.norm(hidden).view(rows.shape)
+        with one_kernel_norms():
+            for layer, target in zip(self.layers, context, strict=True):
+                hidden = layer(hidden, positions, target, block_tables[target.group], base)
+            return self.norm(hidden).view(rows.shape)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load the checkpoint's tensors; raises ValueError for a tensor the head lacks or one it does not get."""
