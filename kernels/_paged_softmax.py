@@ -99,7 +99,8 @@ def store_rows(
         tl.store(part_sum_ptr + part, row_sum, mask=live)
 
 
-@triton.jit
+# The row count is one element of an array of the batch: at any address, and read once.
+@triton.jit(do_not_specialize_on_alignment=["num_rows_ptr"])
 def _merge_splits_kernel(
     part_out_ptr,
     part_max_ptr,
@@ -164,13 +165,13 @@ def tile_config(rows: int, q: torch.Tensor, at_least: int = 1) -> dict[str, int 
     """BLOCK_M (no less than `at_least`), TILE and launch options for `rows` rows that share one KV head."""
     head_dim = q.shape[-1]
     wide = head_dim > 128 or q.dtype == torch.float32
-    ampere = _is_ampere(q.device)
+    in_registers = _keeps_tiles_in_registers(q.device)
     # The largest tiles, and the fewest warps for them, that compile without spills (tests/kernels/test_compile.py);
     # float32, which no server runs on a GPU, spills with any.
-    most = (32 if ampere else 64) if wide else 128
+    most = (32 if in_registers else 64) if wide else 128
     block_m = max(min(max(16, triton.next_power_of_2(rows)), most), triton.next_power_of_2(at_least))
-    tile = 64 if block_m >= 128 and not wide and not ampere else 32
-    num_warps = 8 if wide or block_m >= (64 if ampere else 128) else 4
+    tile = 64 if block_m >= 128 and not wide and not in_registers else 32
+    num_warps = 8 if wide or block_m >= (64 if in_registers else 128) else 4
     # A third stage makes up for the smaller tile where there is room for it.
     num_stages = 2 if block_m >= 128 or q.dtype == torch.float32 else 3
     # Unless it is told that it may take them all, ptxas spills a few registers to fit one more block on a
@@ -194,9 +195,9 @@ def num_splits(programs: int, max_keys: int, device: torch.device) -> int:
 
 
 @functools.cache
-def _is_ampere(device: torch.device) -> bool:
-    """Compute capability 8: older tensor cores, which keep more of a tile in registers."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] < 9
+def _keeps_tiles_in_registers(device: torch.device) -> bool:
+    """Tensor cores other than those of compute capability 9 and 10, which take factors from shared memory."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] not in (9, 10)
 
 
 @functools.cache

@@ -15,7 +15,7 @@ from vllm_kvspec.kernels.reference_draft_inputs import DraftRows
 BLOCK_H = 1024
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_reqs"])
 def _draft_inputs_kernel(
     idx_mapping_ptr,
     num_computed_ptr,

@@ -227,7 +227,9 @@ def tree_attention(
     query_tiles = num_rows // block_q + num_reqs
     splits = 1
     if max_query_len <= _MAX_SPLIT_QUERY:
-        splits = num_splits(query_tiles * num_kv_heads, block_table.shape[1] * block_size, q.device)
+        # Of the grid's tiles, those that have rows.
+        live_tiles = min(query_tiles, num_reqs * triton.cdiv(max_query_len, block_q))
+        splits = num_splits(live_tiles * num_kv_heads, block_table.shape[1] * block_size, q.device)
     parts = new_parts(num_rows, num_heads, splits, head_dim, q.device)
     _tree_attention_kernel[(query_tiles, num_kv_heads, splits)](
         q,

@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+# A verification in parts passes slices that begin anywhere.
+@triton.jit(do_not_specialize_on_alignment=["draft_tokens_ptr", "idx_mapping_ptr"])
 def _tree_walk_kernel(
     sampled_ptr,
     draft_tokens_ptr,

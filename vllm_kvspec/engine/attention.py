@@ -46,13 +46,15 @@ class TreeMetadata:
 def without_leading(common: CommonAttentionMetadata, num_reqs: int) -> CommonAttentionMetadata:
     """The batch without its first ``num_reqs`` requests; rows count from 0 again. No device sync."""
     num_tokens = int(common.query_start_loc_cpu[num_reqs])
-    by_request = ("seq_lens", "block_table_tensor", "seq_lens_cpu_upper_bound", "is_prefilling", "req_idx")
+    by_request = ("block_table_tensor", "seq_lens_cpu_upper_bound", "is_prefilling", "req_idx")
     by_token = ("slot_mapping", "positions")
     cut = {name: value[num_reqs:] for name in by_request if (value := getattr(common, name)) is not None}
     cut |= {name: value[num_tokens:] for name in by_token if (value := getattr(common, name)) is not None}
     return common.replace(
         query_start_loc=common.query_start_loc[num_reqs:] - num_tokens,
         query_start_loc_cpu=common.query_start_loc_cpu[num_reqs:] - num_tokens,
+        # A copy, for its alignment: kernels are compiled for aligned lengths.
+        seq_lens=common.seq_lens[num_reqs:].clone(),
         num_reqs=common.num_reqs - num_reqs,
         num_actual_tokens=common.num_actual_tokens - num_tokens,
         _num_computed_tokens_cache=None,
