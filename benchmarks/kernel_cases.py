@@ -105,6 +105,11 @@ def split_kv(cache: torch.Tensor, head_dim: int) -> tuple[torch.Tensor, torch.Te
 def tree_attention_case(g: Geometry, batch: int, context: int, rows: int, layers: int, device: torch.device) -> Case:
     """Verification rows over context + rows keys; with one row, plain decoding."""
     caches, table = paged_cache(g, batch, context + rows, layers, device)
+    # Large enough that one wrong bit of the mask shows beside any context.
+    nodes = torch.arange(context, context + rows, device=device)
+    for cache in caches:
+        values = split_kv(cache, g.head_dim)[1]
+        values[table[:, nodes // BLOCK_SIZE].long(), nodes % BLOCK_SIZE] *= max(1.0, (context / rows) ** 0.5)
     q = torch.randn(batch * rows, g.num_heads, g.head_dim, dtype=g.dtype, device=device)
     starts = torch.arange(0, batch * rows + 1, rows, dtype=torch.int32, device=device)
     seq_lens = torch.full((batch,), context + rows, dtype=torch.int32, device=device)

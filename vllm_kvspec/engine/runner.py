@@ -68,6 +68,15 @@ class KVSpecRunnerMixin(MeasuresStepCosts):
                 self.max_num_tokens,
             )
 
+        longest = self.compilation_config.max_cudagraph_capture_size or 0
+        if 0 < longest < rows and self.speculative_config.budget == "fixed":
+            logger.info(
+                "kvspec: decoding with more than %d trees in a batch runs without full CUDA graphs; raise "
+                "--max-cudagraph-capture-size (%d) for more.",
+                longest // (self.num_speculative_steps + 1),
+                longest,
+            )
+
     def initialize_kv_cache(self, kv_cache_config, *args, **kwargs) -> None:
         check_groups(kv_cache_config)
         # The small cache that vLLM measures CUDA graphs with must be free before the real one is allocated.
