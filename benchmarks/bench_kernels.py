@@ -29,8 +29,8 @@ WHOLE_VOCABULARY = ("tree_candidates", "gumbel_noise")
 METHOD = (
     "ms: median of a call over all of the row's layers, replayed from a CUDA graph as in the engine, L2 emptied before "
     "each (tree_inputs, tree_walk, tree_build and draft_inputs: many in one graph, not emptied). Bytes are those that "
-    "must move: the KV of context and rows, queries, outputs; logits and transition_out once per level. Every row agreed "
-    "with its torch twin first: relative error is the largest difference over its largest value."
+    "must move: the KV of context and rows, queries, outputs; logits and transition_out once per level. Every row "
+    "agreed with its torch twin first: relative error is the largest difference over its largest value."
 )
 KERNELS = (*ATTENTION, "kv_compact", *SMALL_KERNELS, *WHOLE_VOCABULARY)
 

@@ -36,11 +36,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if not INTERPRETED:
-        return
+    mark, reason = ("gpu", "needs an NVIDIA GPU") if INTERPRETED else ("cpu", "runs on CPU tensors, without a GPU")
     for item in items:
-        if "gpu" in item.keywords:
-            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+        if mark in item.keywords:
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 def _load_neighbour(name: str):

@@ -10,6 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    # Replaces torch.cuda streams and events; must come before anything below vllm.v1.worker.gpu.
+    import vllm.v1.worker.cpu.shm  # noqa: F401
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))

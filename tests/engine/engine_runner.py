@@ -14,6 +14,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
 # One thread and no core binding: the model is tiny, and spinning threads on a busy machine cost more than they give.
 os.environ.update(
     VLLM_NO_USAGE_STATS="1",
@@ -27,7 +29,8 @@ ROOT = Path(__file__).parents[2]
 TARGET = str(ROOT / "examples/tiny/target")
 HEAD = os.environ.get("KVSPEC_TEST_HEAD", str(ROOT / "examples/tiny/draft"))
 # vLLM's CPU attention takes blocks of 32; ours takes 16, which gives more block boundaries.
-PLAIN_ENGINE = {"worker_cls": "plain_worker.PlainCPUWorker", "block_size": 32}
+ON_CPU = {"worker_cls": "plain_worker.PlainCPUWorker", "block_size": 32}
+PLAIN_ENGINE = {} if torch.cuda.is_available() else ON_CPU
 ENGINE_DEFAULTS = {
     "model": TARGET,
     "dtype": "float32",

@@ -12,8 +12,8 @@ def attention_classes(llm) -> set[str]:
 
 def test_plain_engine_between_two_of_kvspec(reference, make_engine, spec, same):
     batch, expected = requests_mix.greedy_batch()[:4], reference["greedy"][:4]
-    ours = {"vllm_kvspec.engine.attention_cpu.CPUTreeAttentionImpl"}
     for speculative_config, keys in [(spec(4), {}), (None, PLAIN_ENGINE), (spec(4), {})]:
         with make_engine(speculative_config, **keys) as llm:
-            assert (attention_classes(llm) == ours) is (speculative_config is not None)
+            ours = [name.startswith("vllm_kvspec.") for name in attention_classes(llm)]
+            assert ours == [speculative_config is not None]
             same(generate(llm, [batch]), [expected])

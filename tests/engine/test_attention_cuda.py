@@ -9,12 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-
-# isort: off
-import vllm.v1.worker.cpu.shm  # noqa: F401
 from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
 
-# isort: on
 from vllm_kvspec.engine.attention import (
     FlashAttentionImpl,
     FlashAttentionMetadataBuilder,
@@ -25,6 +21,8 @@ from vllm_kvspec.engine.attention import (
 )
 from vllm_kvspec.engine.tree_state import TreeState
 from vllm_kvspec.kernels import reference
+
+pytestmark = pytest.mark.cpu
 
 HEADS, KV_HEADS, DIM, BLOCK, NODES, CONTEXT = 4, 2, 64, 16, 3, 21
 STOCK = {

@@ -11,13 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import Qwen3Config, Qwen3ForCausalLM
-
-# isort: off
-import vllm.v1.worker.cpu.shm  # noqa: F401
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed import cleanup_dist_env_and_memory, init_distributed_environment, initialize_model_parallel
 
-# isort: on
 from vllm_kvspec.engine.draft_logits import DraftLogits
 from vllm_kvspec.engine.draft_model import KVSpecDraftModel
 from vllm_kvspec.engine.drafter import Drafter
@@ -29,6 +25,8 @@ from vllm_kvspec.models.attention import KVSpecAttention
 from vllm_kvspec.models.drafting import draft_candidates
 from vllm_kvspec.models.target import view_target
 from vllm_kvspec.tree import depths, ranking_scale
+
+pytestmark = pytest.mark.cpu
 
 VOCAB, BLOCK, NODES, LENGTH, BLOCK_SIZE = 60, 4, 6, 40, 16
 # Positions of the anchors of four requests that share one text.

@@ -10,13 +10,9 @@ import pytest
 import torch
 from engine_runner import generate, spec_counters
 from requests_mix import BATCHES
-
-# isort: off
-import vllm.v1.worker.cpu.shm  # noqa: F401
 from vllm.config import CUDAGraphMode
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
 
-# isort: on
 from vllm_kvspec.engine.drafter_graph import DrafterGraphs
 from vllm_kvspec.engine.speculator import KVSpecSpeculator
 
@@ -108,6 +104,7 @@ class PaddedReplay:
         self.padded += how.num_reqs > self.live
 
 
+@pytest.mark.cpu
 def test_padded_drafts(make_engine, spec, same, reference, monkeypatch):
     """Trees, chains among them, on padded batches: the same drafts and the text of plain decoding."""
     replays = []

@@ -9,12 +9,8 @@ import requests_mix
 import torch
 from engine_runner import TARGET, generate
 from transformers import AutoModelForCausalLM
-
-# isort: off
-import vllm.v1.worker.cpu.shm  # noqa: F401
 from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend, TritonAttentionMetadataBuilder
 
-# isort: on
 from vllm_kvspec.engine.attention_cpu import CPUTreeMetadataBuilder
 from vllm_kvspec.engine.runner import KVSpecRunnerMixin
 from vllm_kvspec.engine.target_kv import layers_by_index, split_kv

@@ -8,8 +8,6 @@ from vllm.sampling_params import StructuredOutputsParams
 
 @pytest.fixture
 def needs_chain():
-    import vllm.v1.worker.cpu.shm  # noqa: F401
-
     from vllm_kvspec.engine.runner import needs_chain
 
     return needs_chain
@@ -45,18 +43,16 @@ def test_tree(needs_chain, params):
     assert not needs_chain(SamplingParams(**params))
 
 
+@pytest.mark.cpu
 def test_penalties_are_wrong_on_a_tree():
     """The reason for the fallback, on processed logits of the tree root -> (1 -> 3, 2).
 
     vLLM's kernel takes the local_pos drafts up to a row as its prefix. For node 3 (depth 2) these are nodes 2 and 3:
     the other branch counts as said, its own parent does not. On a chain they are the row's ancestors.
     """
-    # isort: off
-    import vllm.v1.worker.cpu.shm  # noqa: F401
     import torch
     from vllm.v1.worker.gpu.sample.penalties import apply_penalties
 
-    # isort: on
     vocab = 8
     drafts = torch.tensor([3, 4, 5, 6], dtype=torch.int32)
 

@@ -14,8 +14,6 @@ CONDITIONAL = torch.tensor([0.9, 0.6 / 0.9, 0.5 / 0.6, 0.1 / 0.5])
 
 @pytest.fixture
 def synthetic():
-    import vllm.v1.worker.cpu.shm  # noqa: F401
-
     from vllm_kvspec.engine import synthetic
 
     return synthetic
@@ -48,6 +46,7 @@ def accepted_depths(synthetic, parents: list[int], num_reqs: int) -> torch.Tenso
     return num_sampled - 1
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize(
     "parents", [chain_parents(6), parents_from_widths([3, 2, 1, 1]), [0, 0, 1, 2, 3, 4, 5]], ids=str
 )
@@ -66,6 +65,7 @@ def test_histogram_matches_the_profile(synthetic, parents):
     assert accepted.max() <= min(len(RATES), reachable)
 
 
+@pytest.mark.cpu
 def test_draws_depend_on_seed_and_position_only(synthetic):
     seeds = torch.tensor([3, 4])
     first = synthetic.uniform_by_position(seeds, torch.tensor([5, 5, 6]), torch.tensor([0, 1, 0]))
@@ -75,6 +75,7 @@ def test_draws_depend_on_seed_and_position_only(synthetic):
     assert len(set(first.tolist())) == 3
 
 
+@pytest.mark.cpu
 def test_an_invalid_draft_stays_unaccepted(synthetic):
     draft = torch.tensor([0, -1, 5])
     target, forced = synthetic.force_acceptance(
