@@ -16,6 +16,8 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 # More splits than this cost more in the merge than they bring.
 MAX_SPLITS = 16
+# What doubling the splits adds to the time, for the merge: a guess, to be measured.
+MERGE_COST = 0.05
 # Keys a split should at least have.
 MIN_SPLIT_KEYS = 256
 
@@ -168,7 +170,8 @@ def tile_config(rows: int, q: torch.Tensor, at_least: int = 1) -> dict[str, int 
     in_registers = _keeps_tiles_in_registers(q.device)
     # The largest tiles, and the fewest warps for them, that compile without spills (tests/kernels/test_compile.py);
     # float32, which no server runs on a GPU, spills with any.
-    most = (32 if in_registers else 64) if wide else 128
+    # A query that is converted stays in registers as well.
+    most = (32 if in_registers or q.dtype.itemsize == 1 else 64) if wide else 128
     block_m = max(min(max(16, triton.next_power_of_2(rows)), most), triton.next_power_of_2(at_least))
     tile = 64 if block_m >= 128 and not wide and not in_registers else 32
     num_warps = 8 if wide or block_m >= (64 if in_registers else 128) else 4
@@ -180,18 +183,22 @@ def tile_config(rows: int, q: torch.Tensor, at_least: int = 1) -> dict[str, int 
     return dict(BLOCK_M=block_m, TILE=tile, num_warps=num_warps, num_stages=num_stages, maxnreg=maxnreg)
 
 
-def num_splits(programs: int, max_keys: int, device: torch.device) -> int:
-    """Power of two of KV splits that fills the GPU about twice; from host-known sizes, so it fits in a CUDA graph."""
+def num_splits(programs: int, max_keys: int, device: torch.device, num_warps: int) -> int:
+    """Power of two of KV splits; from sizes the host knows, so that it fits in a CUDA graph.
+
+    The time is about that of the waves of programs, each of 1/splits of the keys, and of a merge that grows with the
+    splits. `num_warps` says how many programs a multiprocessor holds, since they take all the registers they may.
+    """
     if device.type != "cuda":
         return 1
-    splits = 1
-    while (
-        splits < MAX_SPLITS
-        and programs * splits * 2 <= 2 * _num_multiprocessors(device)
-        and max_keys >= splits * 2 * MIN_SPLIT_KEYS
-    ):
-        splits *= 2
-    return splits
+    at_once = _num_multiprocessors(device) * 8 // num_warps
+    best, least = 1, float("inf")
+    for log in range(MAX_SPLITS.bit_length()):
+        splits = 1 << log
+        time = triton.cdiv(programs * splits, at_once) / splits * (1 + MERGE_COST * log)
+        if time < least and (splits == 1 or max_keys >= splits * MIN_SPLIT_KEYS):
+            best, least = splits, time
+    return best
 
 
 @functools.cache

@@ -190,7 +190,8 @@ def paged_draft_attention(
     group = num_heads // num_kv_heads
     config = tile_config(block_rows * group, q)
     row_tiles = triton.cdiv(block_rows * group, config["BLOCK_M"])
-    splits = num_splits(num_reqs * num_kv_heads * row_tiles, block_table.shape[1] * block_size, q.device)
+    programs = num_reqs * num_kv_heads * row_tiles
+    splits = num_splits(programs, block_table.shape[1] * block_size, q.device, config["num_warps"])
     parts = new_parts(num_reqs * block_rows, num_heads, splits, head_dim, q.device)
     _paged_draft_attention_kernel[(num_reqs, num_kv_heads * row_tiles, splits)](
         q,

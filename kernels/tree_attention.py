@@ -222,14 +222,14 @@ def tree_attention(
         return out
     block_size, num_kv_heads = k_cache.shape[1:3]
     group = num_heads // num_kv_heads
-    config = tile_config(min(max_query_len, num_rows) * group, out, at_least=group)
+    config = tile_config(min(max_query_len, num_rows) * group, q, at_least=group)
     block_q = config["BLOCK_M"] // group
     query_tiles = num_rows // block_q + num_reqs
     splits = 1
     if max_query_len <= _MAX_SPLIT_QUERY:
         # Of the grid's tiles, those that have rows.
         live_tiles = min(query_tiles, num_reqs * triton.cdiv(max_query_len, block_q))
-        splits = num_splits(live_tiles * num_kv_heads, block_table.shape[1] * block_size, q.device)
+        splits = num_splits(live_tiles * num_kv_heads, block_table.shape[1] * block_size, q.device, config["num_warps"])
     parts = new_parts(num_rows, num_heads, splits, head_dim, q.device)
     _tree_attention_kernel[(query_tiles, num_kv_heads, splits)](
         q,

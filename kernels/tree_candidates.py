@@ -271,11 +271,11 @@ def tile_config(num_rows: int, num_entries: int, dtype: torch.dtype) -> dict[str
     split = 256
     while split < 1024 and triton.cdiv(num_entries, split) > MAX_SPLITS:
         split *= 2
-    # fp32 products keep more of a tile in registers: half the scores per thread.
+    # The largest tiles without spills (tests/kernels/test_compile.py): the noise and fp32 products take many registers.
     wide = dtype == torch.float32
     rows = min(max(16, triton.next_power_of_2(num_rows)), max(16, (4096 if wide else 8192) // split))
-    num_warps = min(max(rows * split // (512 if wide else 1024), 4), 16)
-    block_rank = 16 if wide else 16384 // split
+    num_warps = min(max(rows * split // 512, 4), 16)
+    block_rank = 16 if wide else 8192 // split
     # All the registers there are: unless told so, ptxas spills a few to fit one more block on a multiprocessor.
     maxnreg = min(255, 65536 // (32 * num_warps))
     return dict(ROWS=rows, SPLIT=split, BLOCK_RANK=block_rank, num_warps=num_warps, num_stages=3, maxnreg=maxnreg)

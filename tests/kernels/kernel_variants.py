@@ -7,8 +7,8 @@ number of rows up to `MAX_ROWS` and every group up to `MAX_GROUP` is asked for i
 once, so a change of `tile_config` changes the list by itself.
 
 ``pairs`` is a covering array: every two features that can occur together do so in some variant; that is what CI
-compiles. ``all`` is the product of everything that decides registers and shared memory (tile, head dimension, cache
-dtype, splits, window, causal block), with the rest covered by the pairs.
+compiles. ``all`` is the product of everything that decides registers and shared memory (attention: tile, head
+dimension, cache dtype, splits, window, causal block; candidates: every feature), with the rest covered by the pairs.
 """
 
 from collections.abc import Callable, Iterator
@@ -84,7 +84,6 @@ def verify_attention(rows, group, dim, dtype, splits, window, block_size, kv_hea
     tree.num_splits = lambda *_: splits
     q_dtype, cache_dtype = DTYPES[dtype]
     out = torch.zeros(2 * rows, group * kv_heads, dim, dtype=q_dtype)
-    # vLLM quantises the queries too where it quantises the cache.
     q, scale = (out.to(cache_dtype), torch.ones(1)) if dtype == "fp8" else (out, 1.0)
     tree.tree_attention(
         q, *caches(kv_heads, dim, cache_dtype, block_size), ints(2, 64), ints(3), ints(2), longs(256, 64), ints(256),
@@ -99,7 +98,8 @@ def _group_kind(group: int) -> str:
 def _tiles(dim: int, dtype: str, is_draft: bool) -> Iterator[tuple[int, int, dict]]:
     """Rows, group and features of each distinct tile that the launcher can choose."""
     seen = set()
-    q = torch.empty(1, 1, dim, dtype=DTYPES[dtype][0])
+    # vLLM quantises the queries too where it quantises the cache; not those of the head.
+    q = torch.empty(1, 1, dim, dtype=DTYPES[dtype][0 if is_draft else 1])
     for group, rows in product(range(1, MAX_GROUP + 1), range(1, MAX_ROWS + 1)):
         config = _paged_softmax.tile_config(rows * group, q, at_least=1 if is_draft else group)
         features = {"tile": config["BLOCK_M"], "group": _group_kind(group)}
@@ -259,7 +259,8 @@ def select(capability: int, selection: str) -> list[Variant]:
     """Variants to compile for one GPU generation; selection is ``largest``, ``pairs`` or ``all``."""
     if selection == "largest":
         return [largest_tile(attention_variants(capability, is_draft)) for is_draft in (True, False)]
-    chosen = small_variants() + covering_pairs(candidate_variants())
+    candidate_level = candidate_variants()
+    chosen = small_variants() + (candidate_level if selection == "all" else covering_pairs(candidate_level))
     for is_draft in (True, False):
         variants = attention_variants(capability, is_draft)
         chosen += covering_pairs(variants)
