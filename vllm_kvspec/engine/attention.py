@@ -135,21 +135,24 @@ class TreeAttention:
         return output
 
 
-class TritonTreeMetadataBuilder(TreeMetadataBuilder, TritonAttentionMetadataBuilder):
-    pass
-
-
-class TritonTreeAttention(TreeAttention, TritonAttentionImpl):
-    pass
-
-
 class TreeBackend:
     """Over a stock backend."""
+
+    impl_cls: ClassVar[type]
+    builder_cls: ClassVar[type]
 
     @staticmethod
     def get_name() -> str:
         # The enum member that vLLM keeps for plugins.
         return "CUSTOM"
+
+    @classmethod
+    def get_impl_cls(cls) -> type:
+        return cls.impl_cls
+
+    @classmethod
+    def get_builder_cls(cls) -> type:
+        return cls.builder_cls
 
     @classmethod
     def supports_per_head_quant_scales(cls) -> bool:
@@ -162,14 +165,17 @@ class TreeBackend:
         return False
 
 
-class TritonTreeBackend(TreeBackend, TritonAttentionBackend):
-    @staticmethod
-    def get_impl_cls() -> type[TritonTreeAttention]:
-        return TritonTreeAttention
+class TritonTreeMetadataBuilder(TreeMetadataBuilder, TritonAttentionMetadataBuilder):
+    pass
 
-    @staticmethod
-    def get_builder_cls() -> type[TritonTreeMetadataBuilder]:
-        return TritonTreeMetadataBuilder
+
+class TritonTreeAttention(TreeAttention, TritonAttentionImpl):
+    pass
+
+
+class TritonTreeBackend(TreeBackend, TritonAttentionBackend):
+    impl_cls = TritonTreeAttention
+    builder_cls = TritonTreeMetadataBuilder
 
 
 class FlashTreeMetadataBuilder(TreeMetadataBuilder, FlashAttentionMetadataBuilder):
@@ -181,10 +187,5 @@ class FlashTreeAttention(TreeAttention, FlashAttentionImpl):
 
 
 class FlashTreeBackend(TreeBackend, FlashAttentionBackend):
-    @staticmethod
-    def get_impl_cls() -> type[FlashTreeAttention]:
-        return FlashTreeAttention
-
-    @staticmethod
-    def get_builder_cls() -> type[FlashTreeMetadataBuilder]:
-        return FlashTreeMetadataBuilder
+    impl_cls = FlashTreeAttention
+    builder_cls = FlashTreeMetadataBuilder
