@@ -128,13 +128,19 @@ def run(job: dict[str, Any], directory: Path, arguments: argparse.Namespace) -> 
     return rows, problem
 
 
+def equal_tokens(found: dict, expected: dict) -> int:
+    """How many tokens two answers begin with in common."""
+    pairs = zip(found["token_ids"], expected["token_ids"], strict=True)
+    return next((i for i, (have, want) in enumerate(pairs) if have != want), len(expected["token_ids"]))
+
+
 def parity_problem(found: list[dict], expected: list[dict], near_tie: float) -> str | None:
     """How kvspec's greedy tokens differ from plain decoding's, or None when they do not (near-ties aside)."""
     for number, (have, want) in enumerate(zip(found, expected, strict=True)):
-        if have["token_ids"] == want["token_ids"]:
+        step = equal_tokens(have, want)
+        if step == len(want["token_ids"]):
             continue
-        pairs = zip(have["token_ids"], want["token_ids"], strict=True)
-        step, (token, wanted) = next((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
+        token, wanted = have["token_ids"][step], want["token_ids"][step]
         logprobs = want["logprobs"][step]
         gap = logprobs[str(wanted)] - logprobs.get(str(token), float("-inf"))
         if not gap <= near_tie or near_tie == 0.0:
@@ -143,12 +149,6 @@ def parity_problem(found: list[dict], expected: list[dict], near_tie: float) -> 
                 f"{gap:.3f} in log-probability (near-ties: up to {near_tie})"
             )
     return None
-
-
-def equal_tokens(found: dict, expected: dict) -> int:
-    """How many tokens two answers begin with in common."""
-    pairs = zip(found["token_ids"], expected["token_ids"], strict=True)
-    return next((i for i, (have, want) in enumerate(pairs) if have != want), len(expected["token_ids"]))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -167,10 +167,10 @@ def tile_config(rows: int, q: torch.Tensor, at_least: int = 1) -> dict[str, int 
     """BLOCK_M (no less than `at_least`), TILE and launch options for `rows` rows that share one KV head."""
     head_dim = q.shape[-1]
     wide = head_dim > 128 or q.dtype == torch.float32
-    in_registers = _keeps_tiles_in_registers(q.device)
+    # Other tensor cores than those of compute capability 9 and 10 take both factors of a product from registers.
+    in_registers = _capability(q.device) not in (9, 10)
     # The largest tiles, and the fewest warps for them, that compile without spills (tests/kernels/test_compile.py);
-    # float32, which no server runs on a GPU, spills with any.
-    # A query that is converted stays in registers as well.
+    # float32, which no server runs on a GPU, spills with any. A query that is converted stays in registers as well.
     most = (32 if in_registers or q.dtype.itemsize == 1 else 64) if wide else 128
     block_m = max(min(max(16, triton.next_power_of_2(rows)), most), triton.next_power_of_2(at_least))
     tile = 64 if block_m >= 128 and not wide and not in_registers else 32
@@ -202,9 +202,9 @@ def num_splits(programs: int, max_keys: int, device: torch.device, num_warps: in
 
 
 @functools.cache
-def _keeps_tiles_in_registers(device: torch.device) -> bool:
-    """Tensor cores other than those of compute capability 9 and 10, which take factors from shared memory."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] not in (9, 10)
+def _capability(device: torch.device) -> int:
+    """Major compute capability; the interpreter counts as 9."""
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
 
 
 @functools.cache

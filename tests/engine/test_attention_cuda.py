@@ -32,13 +32,11 @@ STOCK = {
 NO_TREE = (torch.zeros(8, NODES + 1, dtype=torch.int64), torch.zeros(8, dtype=torch.int32))
 
 
-def attention(query, kv_cache, metadata, masks, window, **scales) -> torch.Tensor:
+def attention(query, kv_cache, common: CommonAttentionMetadata, masks, window) -> torch.Tensor:
     k, v = kv_cache.transpose(1, 2).split(DIM, dim=-1)
-    block_table = getattr(metadata, "block_table_tensor", None)
     return reference.tree_attention(
-        query, k, v, metadata.block_table if block_table is None else block_table, metadata.query_start_loc,
-        metadata.seq_lens, *masks, scale=DIM**-0.5, max_query_len=metadata.max_query_len, sliding_window=window,
-        out=torch.empty(query.shape), **scales,
+        query, k, v, common.block_table_tensor, common.query_start_loc, common.seq_lens, *masks,
+        scale=DIM**-0.5, max_query_len=common.max_query_len, sliding_window=window, out=torch.empty(query.shape),
     )  # fmt: skip
 
 
@@ -84,27 +82,25 @@ def batch(query_lens: list[int]) -> CommonAttentionMetadata:
     )
 
 
-class Run:
-    """One layer over a batch; ``trees`` is the batch's requests that are on a tree."""
-
-    def __init__(self, backend, state, query_lens: list[int], trees: list[int] = (), window: int | None = None, **q):
-        torch.manual_seed(0)
-        for b in trees:
-            state.batch_len[b] = min(query_lens[b], NODES + 1)
-            # Root with children 1 and 2; node 3 under node 2.
-            state.batch_mask[b] = torch.tensor([0b1, 0b11, 0b101, 0b1101])
-        self.common = batch(query_lens)
-        builder = object.__new__(backend.cls.get_builder_cls())
-        builder.tree_state = state
-        self.metadata = builder.build(0, self.common)
-        impl = backend.cls.get_impl_cls()(HEADS, DIM, DIM**-0.5, KV_HEADS, None, window, "auto")
-        rows = self.common.num_actual_tokens
-        query, key = torch.randn(rows, HEADS, DIM), torch.randn(rows, KV_HEADS, DIM)
-        kv_cache = torch.randn(4 * len(query_lens), KV_HEADS, BLOCK, 2 * DIM)
-        layer = SimpleNamespace(_q_scale=torch.ones(1), _k_scale=torch.ones(1), _v_scale=torch.ones(1))
-        found = impl.forward(layer, query, key, key, kv_cache, self.metadata, torch.full_like(query, float("nan")))
-        expected = attention(query, kv_cache, self.common, (state.batch_mask, state.batch_len), window or 0)
-        torch.testing.assert_close(found, expected)
+def run_layer(backend, state, query_lens: list[int], trees: list[int] = (), window: int | None = None) -> None:
+    """One layer over a batch gives what the twin gives; ``trees`` is the batch's requests that are on a tree."""
+    torch.manual_seed(0)
+    for b in trees:
+        state.batch_len[b] = min(query_lens[b], NODES + 1)
+        # Root with children 1 and 2; node 3 under node 2.
+        state.batch_mask[b] = torch.tensor([0b1, 0b11, 0b101, 0b1101])
+    common = batch(query_lens)
+    builder = object.__new__(backend.cls.get_builder_cls())
+    builder.tree_state = state
+    impl = backend.cls.get_impl_cls()(HEADS, DIM, DIM**-0.5, KV_HEADS, None, window, "auto")
+    rows = common.num_actual_tokens
+    query, key = torch.randn(rows, HEADS, DIM), torch.randn(rows, KV_HEADS, DIM)
+    kv_cache = torch.randn(4 * len(query_lens), KV_HEADS, BLOCK, 2 * DIM)
+    layer = SimpleNamespace(_q_scale=torch.ones(1), _k_scale=torch.ones(1), _v_scale=torch.ones(1))
+    out = torch.full_like(query, float("nan"))
+    found = impl.forward(layer, query, key, key, kv_cache, builder.build(0, common), out)
+    expected = attention(query, kv_cache, common, (state.batch_mask, state.batch_len), window or 0)
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("cls", STOCK)
@@ -133,13 +129,13 @@ def test_names_and_graphs(cls):
 )
 def test_rows(backend, state, query_lens, trees, stock_rows, window):
     state.num_draft_reqs = max(trees, default=-1) + 1
-    Run(backend, state, query_lens, trees, window)
+    run_layer(backend, state, query_lens, trees, window)
     assert backend.stock_rows == stock_rows
 
 
 def test_chains_run_the_stock_kernel(backend, state):
     state.only_chains, state.num_draft_reqs = True, 1
-    Run(backend, state, [NODES + 1])
+    run_layer(backend, state, [NODES + 1])
     assert backend.stock_rows == NODES + 1
 
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend, TritonAttentionMetadataBuilder
 
 from vllm_kvspec.engine.attention_cpu import CPUTreeMetadataBuilder
-from vllm_kvspec.engine.runner import KVSpecRunnerMixin
+from vllm_kvspec.engine.runner import check_backend
 from vllm_kvspec.engine.target_kv import layers_by_index, split_kv
 
 # fp32, eight layers, another order of summation.
@@ -80,4 +80,4 @@ def test_layers_of_another_backend_are_refused(builder, kernel_block_size, sente
         kv_cache_spec=SimpleNamespace(block_size=256),
     )
     with pytest.raises(ValueError, match=sentence) if sentence else contextlib.nullcontext():
-        KVSpecRunnerMixin._check_backend(None, group)
+        check_backend(group)

@@ -138,7 +138,7 @@ def main() -> None:
     shard, shards = (int(word) for word in sys.argv[3:5]) if len(sys.argv) > 3 else (0, 1)
     driver.set_active(NamedTarget(capability))
     # CPU tensors stand for tensors on this GPU.
-    _paged_softmax._keeps_tiles_in_registers = lambda device: capability // 10 not in (9, 10)
+    _paged_softmax._capability = lambda device: capability // 10
     compiled: dict[str, tuple] = {}
     compile_instead_of_launch(compiled)
     # A variant's merge of splits is a variant of its own.

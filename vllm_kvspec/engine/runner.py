@@ -41,6 +41,20 @@ def needs_chain(params: SamplingParams | None) -> bool:
     )
 
 
+def check_backend(group) -> None:
+    """Raise ValueError if vLLM gave some layers another backend, or blocks that are not the cache's."""
+    if not all(isinstance(builder, HasTreeState) for builder in group.metadata_builders):
+        raise ValueError(
+            f"kvspec needs its own attention backend on every layer; {group.layer_names[0]} has "
+            f"{group.backend.__name__}. Leave backend_per_kind out of --attention-config, or serve without kvspec."
+        )
+    if group.kernel_block_size is not None:
+        raise ValueError(
+            f"kvspec needs an attention kernel with the KV cache's block size, {group.kv_cache_spec.block_size}; "
+            f"found {group.kernel_block_size}. Pass --block-size {group.kernel_block_size}."
+        )
+
+
 class KVSpecRunnerMixin(MeasuresStepCosts):
     """Put before GPUModelRunner or CPUModelRunner in the bases."""
 
@@ -90,22 +104,9 @@ class KVSpecRunnerMixin(MeasuresStepCosts):
         self.speculator.bind_target_kv(self.kv_cache_config, context)
         for groups in self.attn_groups:
             for group in groups:
-                self._check_backend(group)
+                check_backend(group)
                 for builder in group.metadata_builders:
                     builder.tree_state = self.tree_state
-
-    def _check_backend(self, group) -> None:
-        """Raise ValueError if vLLM gave some layers another backend, or blocks that are not the cache's."""
-        if not all(isinstance(builder, HasTreeState) for builder in group.metadata_builders):
-            raise ValueError(
-                f"kvspec needs its own attention backend on every layer; {group.layer_names[0]} has "
-                f"{group.backend.__name__}. Leave backend_per_kind out of --attention-config, or serve without kvspec."
-            )
-        if group.kernel_block_size is not None:
-            raise ValueError(
-                f"kvspec needs an attention kernel with the KV cache's block size, {group.kv_cache_spec.block_size}; "
-                f"found {group.kernel_block_size}. Pass --block-size {group.kernel_block_size}."
-            )
 
     def capture_model(self, *args, **kwargs) -> int:
         # Which kernel a graph holds must not depend on the batch that ran last.

@@ -31,8 +31,9 @@ CUDA_WORKER = "vllm_kvspec.engine.worker.KVSpecWorker"
 SCHEDULER = "vllm_kvspec.engine.scheduler.create_scheduler"
 # Where the user gives no --max-num-seqs, vLLM chooses it later; this only sizes the list of CUDA graphs.
 DEFAULT_MAX_NUM_SEQS = 256
-# Plain K and V, or with one scale per tensor; the first three on CPU too.
-CACHE_DTYPES = ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3")
+CPU_CACHE_DTYPES = ("auto", "float16", "bfloat16")
+# Plain K and V, or with one scale per tensor.
+CACHE_DTYPES = (*CPU_CACHE_DTYPES, "fp8", "fp8_e4m3")
 CPU_WORKER = "vllm_kvspec.engine.worker_cpu.KVSpecCPUWorker"
 
 
@@ -298,7 +299,7 @@ def refuse_engine_options(engine_args: Any, model: ModelConfig, parallel: Parall
             "Serve it without speculation or with another method."
         )
     cache_dtype = resolve_kv_cache_dtype_string(engine_args.kv_cache_dtype, model)
-    cache_dtypes = CACHE_DTYPES[:3] if current_platform.is_cpu() else CACHE_DTYPES
+    cache_dtypes = CPU_CACHE_DTYPES if current_platform.is_cpu() else CACHE_DTYPES
     options = [
         ("--pipeline-parallel-size", parallel.pipeline_parallel_size, parallel.pipeline_parallel_size > 1),
         (
