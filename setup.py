@@ -37,7 +37,7 @@ setup(
         "dev": ["pytest", "pytest-xdist", "hypothesis", "import-linter", "ruff", "pre-commit"],
     },
     entry_points={
-        "vllm.general_plugins": ["kvspec = vllm_kvspec.engine.plugin:register"],
+        "vllm.general_plugins": ["kvspec = vllm_kvspec.engine.hooks.plugin:register"],
         "console_scripts": ["vllm-kvspec = vllm_kvspec.cli:main"],
     },
     classifiers=[

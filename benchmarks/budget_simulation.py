@@ -16,7 +16,7 @@ import shlex
 import sys
 from types import SimpleNamespace
 
-from vllm_kvspec.engine.budget import (
+from vllm_kvspec.engine.budget.choice import (
     Acceptance,
     Device,
     Roofline,

@@ -6,7 +6,7 @@ import vllm.v1.worker.cpu.shm  # noqa: F401
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 # isort: on
-from vllm_kvspec.engine import interpreter
+from vllm_kvspec.engine.cpu import interpreter
 
 
 class PlainCPUWorker(CPUWorker):

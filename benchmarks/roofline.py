@@ -5,7 +5,7 @@
 
 Per batch and context: a plain decode step, verification of a tree of N nodes, a pass of the head, and the break-even
 tau, (verification + head) / decode: speculation wins above it. The formulae are those of the engine's node budget
-(``vllm_kvspec/engine/budget.py``), for Qwen3-8B in bfloat16.
+(``vllm_kvspec/engine/budget/choice.py``), for Qwen3-8B in bfloat16.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from types import SimpleNamespace
 from budget_simulation import QWEN3_8B
 from report import table
 
-from vllm_kvspec.engine.budget import Device, Roofline, decoder_pass
+from vllm_kvspec.engine.budget.choice import Device, Roofline, decoder_pass
 
 
 def main() -> None:

@@ -93,7 +93,7 @@ def _own_version() -> str:
 def _vllm_version() -> str:
     import vllm
 
-    from vllm_kvspec.engine.compat import version_problem
+    from vllm_kvspec.engine.hooks.compat import version_problem
 
     if problem := version_problem():
         raise RuntimeError(problem)
@@ -113,7 +113,7 @@ def _entry_point() -> str:
 def _register() -> str:
     from vllm.engine.arg_utils import EngineArgs
 
-    from vllm_kvspec.engine.plugin import register
+    from vllm_kvspec.engine.hooks.plugin import register
 
     register()
     for name in ("create_speculative_config", "add_cli_args"):
@@ -125,7 +125,7 @@ def _register() -> str:
 def _contract() -> str:
     from vllm.platforms import current_platform
 
-    from vllm_kvspec.engine import compat
+    from vllm_kvspec.engine.hooks import compat
 
     if current_platform.is_cpu():
         # Has to come before anything below vllm.v1.worker.gpu.

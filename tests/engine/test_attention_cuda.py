@@ -11,7 +11,7 @@ import pytest
 import torch
 from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
 
-from vllm_kvspec.engine.attention import (
+from vllm_kvspec.engine.verify.attention_cuda import (
     FlashAttentionImpl,
     FlashAttentionMetadataBuilder,
     FlashTreeBackend,
@@ -19,7 +19,7 @@ from vllm_kvspec.engine.attention import (
     TritonAttentionMetadataBuilder,
     TritonTreeBackend,
 )
-from vllm_kvspec.engine.tree_state import TreeState
+from vllm_kvspec.engine.verify.tree_state import TreeState
 from vllm_kvspec.kernels import reference
 
 pytestmark = pytest.mark.cpu
@@ -143,10 +143,12 @@ def test_quantized_query(backend, state, monkeypatch):
     """fp8 cache: views of its bytes, and the layer's three scales."""
     found = {}
     monkeypatch.setattr(
-        "vllm_kvspec.engine.attention_shared.ops.tree_attention",
+        "vllm_kvspec.engine.verify.attention.ops.tree_attention",
         lambda q, k, v, *a, **keys: found.update(keys, q=q, k=k, v=v),
     )
-    monkeypatch.setattr("vllm_kvspec.engine.attention.current_platform.fp8_dtype", lambda: torch.float8_e4m3fn)
+    monkeypatch.setattr(
+        "vllm_kvspec.engine.verify.attention_cuda.current_platform.fp8_dtype", lambda: torch.float8_e4m3fn
+    )
     builder = object.__new__(backend.cls.get_builder_cls())
     builder.tree_state = state
     impl = backend.cls.get_impl_cls()(HEADS, DIM, DIM**-0.5, KV_HEADS, None, None, "auto")

@@ -14,11 +14,19 @@ from vllm.config import CUDAGraphMode
 from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
 
-from vllm_kvspec.engine import scheduler as scheduler_module
-from vllm_kvspec.engine import speculative_config, step_costs
-from vllm_kvspec.engine.budget import Acceptance, MeasuredCosts, NodeBudget, Roofline, budget_sizes, graph_schedule
-from vllm_kvspec.engine.decode_graphs import cover_query_lengths
-from vllm_kvspec.engine.scheduler import NodesByLoad
+from vllm_kvspec.engine.budget import scheduler as scheduler_module
+from vllm_kvspec.engine.budget import step_costs
+from vllm_kvspec.engine.budget.choice import (
+    Acceptance,
+    MeasuredCosts,
+    NodeBudget,
+    Roofline,
+    budget_sizes,
+    graph_schedule,
+)
+from vllm_kvspec.engine.budget.scheduler import NodesByLoad
+from vllm_kvspec.engine.config import keys as speculative_config
+from vllm_kvspec.engine.verify.decode_graphs import cover_query_lengths
 
 # Plain decoding up to any batch in 1 ms; 4 nodes for up to 5 requests, 8 for up to 2, beyond that ten times the time.
 COSTS = {
@@ -237,7 +245,7 @@ def test_the_change_is_logged_once_per_number_of_nodes(monkeypatch):
 
 def test_without_a_table_the_roofline_serves(costs_file):
     """Until the first step's output brings measured costs."""
-    from vllm_kvspec.engine.scheduler import create_budget
+    from vllm_kvspec.engine.budget.scheduler import create_budget
 
     config = configured({"method": "kvspec", "model": HEAD, "num_speculative_tokens": 8, "budget_costs": costs_file})
     config.speculative_config.budget_costs = None

@@ -6,7 +6,7 @@ import vllm
 from engine_runner import TARGET
 from vllm.engine.arg_utils import EngineArgs
 
-from vllm_kvspec.engine import compat, patches, plugin
+from vllm_kvspec.engine.hooks import compat, patches, plugin
 
 
 def test_this_vllm_has_everything():

@@ -20,7 +20,7 @@ TOLERANCE = 2e-3
 @pytest.fixture
 def drafts(monkeypatch) -> list[tuple[int, torch.Tensor, torch.Tensor]]:
     """(base, scores [M], tokens [M]) of every draft of the only running request."""
-    from vllm_kvspec.engine.drafter import Drafter
+    from vllm_kvspec.engine.draft.head_drafter import Drafter
 
     seen = []
     original = Drafter.trees

@@ -14,9 +14,9 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed import cleanup_dist_env_and_memory, init_distributed_environment, initialize_model_parallel
 
-from vllm_kvspec.engine.draft_logits import DraftLogits
-from vllm_kvspec.engine.draft_model import KVSpecDraftModel
-from vllm_kvspec.engine.drafter import Drafter
+from vllm_kvspec.engine.draft.head import KVSpecDraftModel
+from vllm_kvspec.engine.draft.head_drafter import Drafter
+from vllm_kvspec.engine.draft.logits import DraftLogits
 from vllm_kvspec.engine.target_kv import PagedLayer, empty_layers
 from vllm_kvspec.kernels.reference import gumbel_noise
 from vllm_kvspec.kernels.reference_draft_inputs import DraftRows

@@ -13,8 +13,8 @@ from requests_mix import BATCHES
 from vllm.config import CUDAGraphMode
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
 
-from vllm_kvspec.engine.drafter_graph import DrafterGraphs
-from vllm_kvspec.engine.speculator import KVSpecSpeculator
+from vllm_kvspec.engine.draft.graphs import DrafterGraphs
+from vllm_kvspec.engine.draft.speculator import KVSpecSpeculator
 
 CAPTURE_SIZES = [1, 2, 4, *range(8, 257, 8)]
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from vllm_kvspec.engine.interpreter import apply_grammar_bitmask
+from vllm_kvspec.engine.cpu.interpreter import apply_grammar_bitmask
 
 
 def test_grammar_bitmask():

@@ -11,9 +11,9 @@ from engine_runner import TARGET, generate
 from transformers import AutoModelForCausalLM
 from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend, TritonAttentionMetadataBuilder
 
-from vllm_kvspec.engine.attention_cpu import CPUTreeMetadataBuilder
 from vllm_kvspec.engine.runner import check_backend
 from vllm_kvspec.engine.target_kv import layers_by_index, split_kv
+from vllm_kvspec.engine.verify.attention_cpu import CPUTreeMetadataBuilder
 
 # fp32, eight layers, another order of summation.
 TOLERANCE = 2e-4

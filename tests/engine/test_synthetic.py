@@ -14,7 +14,7 @@ CONDITIONAL = torch.tensor([0.9, 0.6 / 0.9, 0.5 / 0.6, 0.1 / 0.5])
 
 @pytest.fixture
 def synthetic():
-    from vllm_kvspec.engine import synthetic
+    from vllm_kvspec.engine.verify import synthetic
 
     return synthetic
 

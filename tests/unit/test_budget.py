@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_kvspec.engine.budget import (
+from vllm_kvspec.engine.budget.choice import (
     IDLE_HORIZON,
     Acceptance,
     Device,
@@ -194,7 +194,7 @@ def test_bad_cost_tables_are_refused(table, tmp_path):
 
 @pytest.mark.parametrize("bad", [{}, {0: 2.0}, {8: 0.5}, {8: 1.0}, {8: 3.0, 16: 2.0}, {64: 3.0}])
 def test_bad_profiles_are_refused(bad):
-    from vllm_kvspec.engine.budget import accepted_by_nodes
+    from vllm_kvspec.engine.budget.choice import accepted_by_nodes
 
     with pytest.raises(ValueError, match="acceptance_profile"):
         accepted_by_nodes(bad)

@@ -10,7 +10,7 @@ import pytest
 
 from vllm_kvspec import doctor
 from vllm_kvspec.cli import main
-from vllm_kvspec.engine import compat, patches
+from vllm_kvspec.engine.hooks import compat, patches
 from vllm_kvspec.models.create import write_untrained_head
 
 TINY = Path(__file__).resolve().parents[2] / "examples/tiny"

@@ -13,11 +13,11 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
 from vllm_kvspec.engine import ops
-from vllm_kvspec.engine.attention_shared import HasTreeState
-from vllm_kvspec.engine.decode_graphs import cover_query_lengths
-from vllm_kvspec.engine.sampler import TreeRejectionSampler
-from vllm_kvspec.engine.step_costs import MeasuresStepCosts
+from vllm_kvspec.engine.budget.step_costs import MeasuresStepCosts
 from vllm_kvspec.engine.target_kv import cache_classes, check_groups
+from vllm_kvspec.engine.verify.attention import HasTreeState
+from vllm_kvspec.engine.verify.decode_graphs import cover_query_lengths
+from vllm_kvspec.engine.verify.sampler import TreeRejectionSampler
 
 logger = init_logger("vllm.kvspec.runner")
 

@@ -5,8 +5,8 @@ import contextlib
 
 from vllm.v1.worker.gpu_worker import Worker
 
-from vllm_kvspec.engine import compat
-from vllm_kvspec.engine.backend_registry import register_cuda_backend
+from vllm_kvspec.engine.hooks import compat
+from vllm_kvspec.engine.verify.attention_registry import register_cuda_backend
 
 
 @contextlib.contextmanager
@@ -18,7 +18,7 @@ def kvspec_speculator():
     """
     from vllm.v1.worker.gpu import model_runner
 
-    from vllm_kvspec.engine.speculator import KVSpecSpeculator
+    from vllm_kvspec.engine.draft.speculator import KVSpecSpeculator
 
     original = model_runner.init_speculator
     model_runner.init_speculator = KVSpecSpeculator

@@ -25,9 +25,9 @@ from vllm.v1.attention.backends.triton_attn import (
     TritonAttentionMetadataBuilder,
 )
 
-from vllm_kvspec.engine.attention_shared import HasTreeState, attend, refuse_attention_features
 from vllm_kvspec.engine.target_kv import split_kv
-from vllm_kvspec.engine.tree_state import TreeState
+from vllm_kvspec.engine.verify.attention import HasTreeState, attend, refuse_attention_features
+from vllm_kvspec.engine.verify.tree_state import TreeState
 
 
 @dataclass

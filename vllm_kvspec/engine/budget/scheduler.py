@@ -10,7 +10,7 @@ from vllm.logger import init_logger
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
-from vllm_kvspec.engine.budget import Acceptance, MeasuredCosts, NodeBudget, Roofline, decoder_pass, read_costs
+from vllm_kvspec.engine.budget.choice import Acceptance, MeasuredCosts, NodeBudget, Roofline, decoder_pass, read_costs
 
 logger = init_logger("vllm.kvspec.budget")
 

@@ -5,7 +5,7 @@ import torch
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
 from vllm_kvspec.engine import ops
-from vllm_kvspec.engine.tree_state import TreeState
+from vllm_kvspec.engine.verify.tree_state import TreeState
 
 
 class HasTreeState:

@@ -12,10 +12,10 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 
 from vllm_kvspec.engine import ops
-from vllm_kvspec.engine.drafter import Drafter
-from vllm_kvspec.engine.drafter_graph import DrafterGraphs
+from vllm_kvspec.engine.draft.graphs import DrafterGraphs
+from vllm_kvspec.engine.draft.head_drafter import Drafter
 from vllm_kvspec.engine.target_kv import empty_layers, layers_by_index, paged_layer
-from vllm_kvspec.engine.tree_state import TreeState
+from vllm_kvspec.engine.verify.tree_state import TreeState
 from vllm_kvspec.kernels.reference_draft_inputs import DraftRows
 from vllm_kvspec.tree import ancestor_masks, depths
 
@@ -37,7 +37,7 @@ class KVSpecSpeculator(DraftModelSpeculator):
         self.graphs: DrafterGraphs | None = None
         self.test_drafter = None
         if config.drafter != "head":
-            from vllm_kvspec.engine.drafters import TestDrafter
+            from vllm_kvspec.engine.draft.test_drafters import TestDrafter
 
             self.test_drafter = TestDrafter(config, req_states, self.vocab_size)
 

@@ -9,8 +9,9 @@ import vllm.v1.worker.cpu.model_runner as cpu_model_runner
 # isort: on
 from vllm.v1.worker.cpu_worker import CPUWorker
 
-from vllm_kvspec.engine import compat, interpreter
-from vllm_kvspec.engine.backend_registry import cpu_backend
+from vllm_kvspec.engine.cpu import interpreter
+from vllm_kvspec.engine.hooks import compat
+from vllm_kvspec.engine.verify.attention_registry import cpu_backend
 from vllm_kvspec.engine.worker import kvspec_speculator, require_v2
 
 

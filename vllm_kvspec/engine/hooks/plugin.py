@@ -9,7 +9,7 @@ below ``vllm.v1.worker.gpu``).
 
 def register() -> None:
     """Make ``{"method": "kvspec"}`` known to vLLM. Changes nothing for any other method."""
-    from vllm_kvspec.engine import compat, patches
+    from vllm_kvspec.engine.hooks import compat, patches
 
     if problem := compat.version_problem():
         patches.refuse_kvspec(problem)
@@ -22,7 +22,7 @@ def register() -> None:
 
     AutoConfig.register(KVSpecDraftConfig.model_type, KVSpecDraftConfig, exist_ok=True)
     # A string: the class is imported by whoever needs it, not by every process.
-    ModelRegistry.register_model("KVSpecDraftModel", "vllm_kvspec.engine.draft_model:KVSpecDraftModel")
+    ModelRegistry.register_model("KVSpecDraftModel", "vllm_kvspec.engine.draft.head:KVSpecDraftModel")
     patches.accept_kvspec()
     patches.offer_spec_method()
     patches.allow_async_scheduling()

@@ -17,8 +17,8 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from vllm_kvspec import __version__
 from vllm_kvspec.config import KVSpecDraftConfig, check_fingerprint, target_fingerprint
-from vllm_kvspec.engine.backend_registry import CUDA_BACKENDS, register_cuda_backend
-from vllm_kvspec.engine.budget import Acceptance, budget_sizes, graph_schedule, read_costs
+from vllm_kvspec.engine.budget.choice import Acceptance, budget_sizes, graph_schedule, read_costs
+from vllm_kvspec.engine.verify.attention_registry import CUDA_BACKENDS, register_cuda_backend
 from vllm_kvspec.tree import MAX_NODES, check_parents, depths, num_candidates, parents_from_widths
 
 logger = init_logger("vllm.kvspec.config")
@@ -28,13 +28,13 @@ TREE_BEAM = 8
 # Default of num_speculative_tokens, as the head's speculators keys say it.
 DEFAULT_NODES_PER_POSITION = 2
 CUDA_WORKER = "vllm_kvspec.engine.worker.KVSpecWorker"
-SCHEDULER = "vllm_kvspec.engine.scheduler.create_scheduler"
+SCHEDULER = "vllm_kvspec.engine.budget.scheduler.create_scheduler"
 # Where the user gives no --max-num-seqs, vLLM chooses it later; this only sizes the list of CUDA graphs.
 DEFAULT_MAX_NUM_SEQS = 256
 CPU_CACHE_DTYPES = ("auto", "float16", "bfloat16")
 # Plain K and V, or with one scale per tensor.
 CACHE_DTYPES = (*CPU_CACHE_DTYPES, "fp8", "fp8_e4m3")
-CPU_WORKER = "vllm_kvspec.engine.worker_cpu.KVSpecCPUWorker"
+CPU_WORKER = "vllm_kvspec.engine.cpu.worker.KVSpecCPUWorker"
 
 
 @config

@@ -2,7 +2,7 @@
 """Every vLLM symbol we replace, with target, why, upstream, and when to remove. All are idempotent.
 
 Two more replacements are scoped and live where they act: ``worker.py`` swaps the module global ``init_speculator``
-(process-local, only in kvspec workers), and ``worker_cpu.py`` swaps ``CPUModelRunner`` while the device initialises.
+(process-local, only in kvspec workers), and ``cpu/worker.py`` swaps ``CPUModelRunner`` while the device initialises.
 """
 
 from collections.abc import Callable
@@ -39,7 +39,7 @@ def accept_kvspec() -> None:
     """Build our own config when the user asks for ``method="kvspec"``."""
 
     def build(engine_args, target_model_config, target_parallel_config):
-        from vllm_kvspec.engine.speculative_config import create_kvspec_config
+        from vllm_kvspec.engine.config.keys import create_kvspec_config
 
         return create_kvspec_config(engine_args, target_model_config, target_parallel_config)
 

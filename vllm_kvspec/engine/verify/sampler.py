@@ -6,7 +6,7 @@ the request's seed and the row's true position (``gumbel_sample``, vllm/v1/worke
 of its noise, because the interpreter takes a second for a batch of trees). A child is accepted when it carries that
 token. Whatever the tree, the emitted tokens are the target's own samples at their positions, so
 the output equals plain decoding, token for token under the same seed. A node is accepted with probability p(children).
-(Benchmarks can force acceptance instead: ``engine/synthetic.py``.)
+(Benchmarks can force acceptance instead: ``engine/verify/synthetic.py``.)
 """
 
 from dataclasses import replace
@@ -21,8 +21,8 @@ from vllm.v1.worker.gpu.sample.states import NO_LOGPROBS
 from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
 
 from vllm_kvspec.engine import ops
-from vllm_kvspec.engine.synthetic import force_acceptance, uniform_by_position
-from vllm_kvspec.engine.tree_state import TreeState
+from vllm_kvspec.engine.verify.synthetic import force_acceptance, uniform_by_position
+from vllm_kvspec.engine.verify.tree_state import TreeState
 
 
 class TreeRejectionSampler(RejectionSampler):
@@ -96,7 +96,7 @@ class TreeRejectionSampler(RejectionSampler):
         expanded_idx_mapping: torch.Tensor,
         depth: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """``rejection_sample_method="synthetic"``: see ``engine/synthetic.py``."""
+        """``rejection_sample_method="synthetic"``: see ``engine/verify/synthetic.py``."""
         start = self._first_rows(target_tokens.shape[0], cu_num_logits)[1]
         node = torch.arange(target_tokens.shape[0], device=start.device) - start
         parent_rows = start + self.state.parent[expanded_idx_mapping.long(), node]

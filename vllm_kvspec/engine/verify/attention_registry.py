@@ -8,8 +8,8 @@ from vllm.v1.attention.selector import _cached_get_attn_backend
 
 # By the stock backend that runs the rows which are on no tree.
 CUDA_BACKENDS = {
-    "FLASH_ATTN": "vllm_kvspec.engine.attention.FlashTreeBackend",
-    "TRITON_ATTN": "vllm_kvspec.engine.attention.TritonTreeBackend",
+    "FLASH_ATTN": "vllm_kvspec.engine.verify.attention_cuda.FlashTreeBackend",
+    "TRITON_ATTN": "vllm_kvspec.engine.verify.attention_cuda.TritonTreeBackend",
 }
 
 
@@ -27,7 +27,7 @@ def cpu_backend():
     The CPU platform resolves CPU_ATTN whatever is asked for, so that is the member we override, while our worker loads
     its model: another engine in the same process must get vLLM's own.
     """
-    register_backend(AttentionBackendEnum.CPU_ATTN, "vllm_kvspec.engine.attention_cpu.CPUTreeAttentionBackend")
+    register_backend(AttentionBackendEnum.CPU_ATTN, "vllm_kvspec.engine.verify.attention_cpu.CPUTreeAttentionBackend")
     _cached_get_attn_backend.cache_clear()
     try:
         yield

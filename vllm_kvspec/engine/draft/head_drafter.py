@@ -13,9 +13,9 @@ from torch import nn
 from torch.nn.functional import pad
 
 from vllm_kvspec.engine import ops
-from vllm_kvspec.engine.draft_logits import DraftLogits
-from vllm_kvspec.engine.draft_model import KVSpecDraftModel
-from vllm_kvspec.engine.speculative_config import TREE_BEAM, KVSpecConfig
+from vllm_kvspec.engine.config.keys import TREE_BEAM, KVSpecConfig
+from vllm_kvspec.engine.draft.head import KVSpecDraftModel
+from vllm_kvspec.engine.draft.logits import DraftLogits
 from vllm_kvspec.engine.target_kv import PagedLayer
 from vllm_kvspec.kernels.reference_candidates import Candidates, Level, Parents, empty_candidates, root_parents
 from vllm_kvspec.kernels.reference_draft_inputs import DraftRows
