@@ -25,7 +25,7 @@ from vllm_kvspec.engine.budget.choice import (
     graph_schedule,
 )
 from vllm_kvspec.engine.budget.scheduler import NodesByLoad
-from vllm_kvspec.engine.config import keys as speculative_config
+from vllm_kvspec.engine.config import selection
 from vllm_kvspec.engine.verify.decode_graphs import cover_query_lengths
 
 # Plain decoding up to any batch in 1 ms; 4 nodes for up to 5 requests, 8 for up to 2, beyond that ten times the time.
@@ -160,12 +160,12 @@ def test_fixed_where_nothing_is_known_and_where_the_user_said_so(spec, costs_fil
     config = configured(spec(8, budget_costs=costs_file), max_num_seqs=8)
     assert config.speculative_config.budget == "auto"
     assert config.speculative_config.budget_sizes == [0, 4, 8]
-    assert config.scheduler_config.scheduler_cls == speculative_config.SCHEDULER
+    assert config.scheduler_config.scheduler_cls == selection.SCHEDULER
 
 
 def test_on_a_gpu_it_is_the_default(monkeypatch):
     """Without a GPU here: the function that settles it, told that this is none of the CPU's."""
-    monkeypatch.setattr(speculative_config, "current_platform", SimpleNamespace(is_cpu=lambda: False))
+    monkeypatch.setattr(selection, "current_platform", SimpleNamespace(is_cpu=lambda: False))
     config = SimpleNamespace(
         budget="auto",
         budget_costs=None,
@@ -174,13 +174,13 @@ def test_on_a_gpu_it_is_the_default(monkeypatch):
         draft_model_config=SimpleNamespace(hf_config=SimpleNamespace()),
     )
     arguments = SimpleNamespace(scheduler_cls=None, max_num_seqs=None)
-    speculative_config.select_budget(arguments, config, SimpleNamespace(data_parallel_size=1))
+    selection.select_budget(arguments, config, SimpleNamespace(data_parallel_size=1))
     assert config.budget == "auto"
     assert {nodes for _, _, nodes in config.num_speculative_tokens_per_batch_size} == set(budget_sizes(16))
-    assert arguments.scheduler_cls == speculative_config.SCHEDULER
+    assert arguments.scheduler_cls == selection.SCHEDULER
     parallel = SimpleNamespace(data_parallel_size=2)
     config.num_speculative_tokens_per_batch_size = None
-    speculative_config.select_budget(arguments, config, parallel)
+    selection.select_budget(arguments, config, parallel)
     assert config.budget == "fixed"
 
 

@@ -15,7 +15,9 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-from vllm_kvspec.engine.config.keys import CPU_WORKER, KVSpecConfig, select_attention_backend
+from vllm_kvspec.engine.config.keys import KVSpecConfig
+from vllm_kvspec.engine.config.refusals import CPU_WORKER
+from vllm_kvspec.engine.config.selection import select_attention_backend
 from vllm_kvspec.models.create import write_untrained_head
 
 SYNTHETIC = {"rejection_sample_method": "synthetic"}
@@ -223,9 +225,9 @@ class FakeGPU:
 )
 def test_stock_attention(monkeypatch, major, dtype, asked, stock):
     """FlashAttention where vLLM would take it, Triton elsewhere; the one asked for; the same when repeated."""
-    monkeypatch.setattr("vllm_kvspec.engine.config.keys.current_platform", FakeGPU(major))
+    monkeypatch.setattr("vllm_kvspec.engine.config.selection.current_platform", FakeGPU(major))
     registered = []
-    monkeypatch.setattr("vllm_kvspec.engine.config.keys.register_cuda_backend", registered.append)
+    monkeypatch.setattr("vllm_kvspec.engine.config.selection.register_cuda_backend", registered.append)
     arguments = EngineArgs(model=TARGET, attention_backend=asked)
     target = SimpleNamespace(dtype=dtype, get_head_size=lambda: 64, hf_config=None)
     for _ in range(2):
@@ -238,7 +240,7 @@ def test_stock_attention(monkeypatch, major, dtype, asked, stock):
 
 
 def test_other_attention_backends_are_refused(monkeypatch):
-    monkeypatch.setattr("vllm_kvspec.engine.config.keys.current_platform", FakeGPU(9))
+    monkeypatch.setattr("vllm_kvspec.engine.config.selection.current_platform", FakeGPU(9))
     arguments = EngineArgs(model=TARGET, attention_backend="FLASHINFER")
     with pytest.raises(ValueError, match="FLASH_ATTN or TRITON_ATTN; found --attention-backend FLASHINFER"):
         select_attention_backend(arguments, None)

@@ -13,7 +13,7 @@ from requests_mix import BATCHES
 from safetensors.torch import load_file
 
 from vllm_kvspec.config import KVSpecDraftConfig
-from vllm_kvspec.engine.config.keys import check_servable
+from vllm_kvspec.engine.config.refusals import check_servable
 from vllm_kvspec.models.create import write_untrained_head
 from vllm_kvspec.models.draft_head import KVSpecDraftModel
 

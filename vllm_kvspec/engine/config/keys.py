@@ -1,24 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The user's ``--speculative-config`` for kvspec: parsing, defaults, and every refusal that can be made at start."""
+"""The keys of the user's ``--speculative-config`` for kvspec, with their defaults and checks."""
 
 from collections import Counter
 from dataclasses import field
-from pathlib import Path
 from typing import Any, Literal
 
-from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig
-from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig
+from vllm.config import ModelConfig, SpeculativeConfig
 from vllm.config.utils import config
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
-from vllm.utils.torch_utils import resolve_kv_cache_dtype_string
-from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-from vllm_kvspec import __version__
-from vllm_kvspec.config import KVSpecDraftConfig, check_fingerprint, target_fingerprint
-from vllm_kvspec.engine.budget.choice import Acceptance, budget_sizes, graph_schedule, read_costs
-from vllm_kvspec.engine.verify.attention_registry import CUDA_BACKENDS, register_cuda_backend
+from vllm_kvspec.config import KVSpecDraftConfig
+from vllm_kvspec.engine.config.refusals import check_head_fits, check_servable, load_head_config
+from vllm_kvspec.engine.verify.attention_registry import register_cuda_backend
 from vllm_kvspec.tree import MAX_NODES, check_parents, depths, num_candidates, parents_from_widths
 
 logger = init_logger("vllm.kvspec.config")
@@ -27,14 +21,6 @@ logger = init_logger("vllm.kvspec.config")
 TREE_BEAM = 8
 # Default of num_speculative_tokens, as the head's speculators keys say it.
 DEFAULT_NODES_PER_POSITION = 2
-CUDA_WORKER = "vllm_kvspec.engine.worker.KVSpecWorker"
-SCHEDULER = "vllm_kvspec.engine.budget.scheduler.create_scheduler"
-# Where the user gives no --max-num-seqs, vLLM chooses it later; this only sizes the list of CUDA graphs.
-DEFAULT_MAX_NUM_SEQS = 256
-CPU_CACHE_DTYPES = ("auto", "float16", "bfloat16")
-# Plain K and V, or with one scale per tensor.
-CACHE_DTYPES = (*CPU_CACHE_DTYPES, "fp8", "fp8_e4m3")
-CPU_WORKER = "vllm_kvspec.engine.cpu.worker.KVSpecCPUWorker"
 
 
 @config
@@ -210,243 +196,3 @@ class KVSpecConfig(SpeculativeConfig):
             f"KVSpecConfig(model={self.model!r}, num_speculative_tokens={self.num_speculative_tokens}, "
             f"tree={self.tree!r}, draft_noise={self.draft_noise!r}, drafter={self.drafter!r})"
         )
-
-
-def load_head_config(model: str | None, revision: str | None) -> KVSpecDraftConfig:
-    """The head's config.json, with its weight files' headers checked when they are local. Raises ValueError."""
-    if not model:
-        raise ValueError('kvspec needs a draft head: give "model", a head\'s directory or repository; found none.')
-    try:
-        head = AutoConfig.from_pretrained(model, revision=revision)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(
-            f"kvspec's model must be a draft head's directory or repository; {model!r} could not be read as one: "
-            f"{error}"
-        ) from error
-    if not isinstance(head, KVSpecDraftConfig):
-        raise ValueError(
-            f"kvspec's model must be a draft head (model_type {KVSpecDraftConfig.model_type!r}); {model!r} is a "
-            f"{head.model_type!r} model. Train a head for your target with `vllm-kvspec train`."
-        )
-    for path in sorted(Path(model).glob("*.safetensors")):
-        check_safetensors(path)
-    if Path(model).is_dir() and not any(Path(model).glob("*.safetensors")):
-        raise ValueError(f"kvspec's draft head {model!r} has a config.json but no *.safetensors file. Copy it whole.")
-    return head
-
-
-def check_safetensors(path: Path) -> None:
-    """Raise ValueError when the file's header or length is broken. Reads the header only."""
-    try:
-        with safe_open(path, framework="pt"):
-            pass
-    except SafetensorError as error:
-        raise ValueError(
-            f"The draft head's weights {path} are damaged or cut short ({error}). Copy the file again."
-        ) from error
-
-
-def check_servable(head: KVSpecDraftConfig) -> None:
-    """Raise ValueError for heads that need more context than the target's KV cache as it lies there."""
-    if head.has_own_context:
-        raise ValueError(
-            f"kvspec serves heads that read only the target's KV cache; {head.name_or_path} (context {head.context!r}, "
-            f"fusion {head.fusion!r}) needs a context cache of its own. It can be evaluated, not served: train a head "
-            'with context "kv" or "hybrid" and fusion "direct".'
-        )
-    if head.fusion != "direct":
-        raise ValueError(
-            f"kvspec serves heads whose layers each read one target layer as it lies in the cache; "
-            f"{head.name_or_path} (fusion {head.fusion!r}) reads a mix of layers {head.target_kv_layer_ids}. It can be "
-            'evaluated, not served: train a head with fusion "direct".'
-        )
-
-
-def check_head_fits(head: KVSpecDraftConfig, target: ModelConfig) -> None:
-    """Raise ValueError when the head was trained for another target than ``target``."""
-    tokenizer = None
-    if not target.skip_tokenizer_init:
-        from vllm.tokenizers import cached_tokenizer_from_config
-
-        tokenizer = cached_tokenizer_from_config(target)
-    found = target_fingerprint(target.hf_text_config, tokenizer)
-    found["name_or_path"] = target.model
-    check_fingerprint(head, found)
-
-
-def refuse_engine_options(engine_args: Any, model: ModelConfig, parallel: ParallelConfig) -> None:
-    """Raise ValueError for the first engine option that kvspec cannot serve with."""
-    model_kind = (
-        "multi-head latent attention"
-        if model.use_mla
-        else "encoder-decoder"
-        if model.is_encoder_decoder
-        else "hybrid or state-space layers"
-        if model.is_hybrid or model.is_attention_free
-        else "M-RoPE"
-        if model.uses_mrope
-        else "diffusion"
-        if model.is_diffusion
-        else "reference sliding-window attention"
-        if model.rswa_window is not None
-        else "a bidirectional prefix"
-        if model.is_mm_prefix_lm
-        else None
-    )
-    if model_kind:
-        raise ValueError(
-            f"kvspec needs a decoder whose KV cache is plain attention; {model.model} has {model_kind}. "
-            "Serve it without speculation or with another method."
-        )
-    cache_dtype = resolve_kv_cache_dtype_string(engine_args.kv_cache_dtype, model)
-    cache_dtypes = CPU_CACHE_DTYPES if current_platform.is_cpu() else CACHE_DTYPES
-    options = [
-        ("--pipeline-parallel-size", parallel.pipeline_parallel_size, parallel.pipeline_parallel_size > 1),
-        (
-            "--prefill-context-parallel-size",
-            parallel.prefill_context_parallel_size,
-            parallel.prefill_context_parallel_size > 1,
-        ),
-        (
-            "--decode-context-parallel-size",
-            parallel.decode_context_parallel_size,
-            parallel.decode_context_parallel_size > 1,
-        ),
-        ("--enable-dbo", True, parallel.enable_dbo),
-        ("--enable-batch-sharded-sampling", True, parallel.enable_batch_sharded_sampling),
-        ("--kv-transfer-config", "a connector", engine_args.kv_transfer_config is not None),
-        ("--watermark-config", "a watermark", getattr(engine_args, "watermark_config", None) is not None),
-        ("--kv-sharing-fast-prefill", True, engine_args.kv_sharing_fast_prefill),
-        ("--kv-cache-dtype", cache_dtype, cache_dtype not in cache_dtypes),
-        # The head shares the embedding and the LM head; vLLM's adapters map their rows by the target's batch.
-        ("--enable-lora", True, engine_args.enable_lora),
-        ("--worker-cls", parallel.worker_cls, parallel.worker_cls not in ("auto", CUDA_WORKER, CPU_WORKER)),
-        ("--return-sampling-mask", True, getattr(model, "return_sampling_mask", False)),
-        ("--enable-trace-replay", True, getattr(model, "enable_trace_replay", False)),
-    ]
-    for flag, value, set_by_user in options:
-        if set_by_user:
-            raise ValueError(
-                f"kvspec does not support {flag}; found {value}. Leave the flag out, or serve without kvspec."
-            )
-
-
-def select_attention_backend(engine_args: Any, config: KVSpecConfig) -> None:
-    """Choose our tree attention backend on CUDA, over FlashAttention where vLLM would choose that, else over Triton.
-
-    ``--attention-backend FLASH_ATTN`` or ``TRITON_ATTN`` asks for one of them. On CPU the worker overrides CPU_ATTN.
-    Raises ValueError for other backends.
-    """
-    if current_platform.is_cpu():
-        return
-    asked = engine_args.attention_backend or engine_args.attention_config.backend
-    name = str(getattr(asked, "name", asked)).upper()
-    # The same arguments may be turned into a config more than once.
-    if name == "CUSTOM":
-        name = getattr(engine_args, "kvspec_stock_attention", "AUTO")
-    if name in ("NONE", "AUTO"):
-        name = "FLASH_ATTN" if _prefers_flash_attention(engine_args, config.target_model_config) else "TRITON_ATTN"
-    if name not in CUDA_BACKENDS:
-        raise ValueError(
-            f"kvspec verifies trees with its own kernel and runs all other rows on {' or '.join(CUDA_BACKENDS)}; found "
-            f"--attention-backend {name}. Leave the flag out, or give one of the two."
-        )
-    config.stock_attention = engine_args.kvspec_stock_attention = name
-    register_cuda_backend(name)
-    engine_args.attention_backend = None
-    engine_args.attention_config.backend = AttentionBackendEnum.CUSTOM
-
-
-def _prefers_flash_attention(engine_args: Any, target: ModelConfig) -> bool:
-    """Whether FlashAttention leads vLLM's list for this GPU and can run this model (``CudaPlatform``, vLLM 0.32)."""
-    from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend
-
-    cache_dtype = resolve_kv_cache_dtype_string(engine_args.kv_cache_dtype, target)
-    return (
-        current_platform.get_device_capability().major != 10
-        and target.dtype in FlashAttentionBackend.supported_dtypes
-        and FlashAttentionBackend.supports_head_size(target.get_head_size())
-        and FlashAttentionBackend.supports_kv_cache_dtype(cache_dtype)
-    )
-
-
-def select_budget(engine_args: Any, config: KVSpecConfig, parallel: ParallelConfig) -> None:
-    """Settle ``budget``: for "auto", select our scheduler and the sizes it chooses from. Raises ValueError."""
-    if config.num_speculative_tokens_per_batch_size is not None:
-        config.budget = "fixed"
-    if config.budget == "fixed":
-        if config.budget_costs:
-            raise ValueError(
-                f'kvspec\'s budget_costs {config.budget_costs!r} needs budget "auto" and no '
-                "num_speculative_tokens_per_batch_size. Leave one of them out."
-            )
-        return
-    if parallel.data_parallel_size > 1:
-        logger.info("kvspec: budget is fixed, because data-parallel ranks must verify equally many nodes")
-        config.budget = "fixed"
-        return
-    if current_platform.is_cpu() and not config.budget_costs:
-        logger.info("kvspec: budget is fixed, because nothing is known about this CPU's step costs")
-        config.budget = "fixed"
-        return
-    if engine_args.scheduler_cls not in (None, SCHEDULER):
-        raise ValueError(
-            f'kvspec\'s budget "auto" needs its own scheduler; found --scheduler-cls {engine_args.scheduler_cls}. '
-            'Leave the flag out, or set "budget" to "fixed" in the speculative config.'
-        )
-    # Refuses a malformed profile now, not in the scheduler.
-    Acceptance(getattr(config.draft_model_config.hf_config, "acceptance_profile", None))
-    ceiling = config.num_speculative_tokens
-    sizes = budget_sizes(ceiling)
-    if config.budget_costs:
-        sizes = [nodes for nodes in reversed(read_costs(config.budget_costs).nodes) if nodes <= ceiling]
-    max_batch = engine_args.max_num_seqs or DEFAULT_MAX_NUM_SEQS
-    config.num_speculative_tokens_per_batch_size = graph_schedule(sizes, max_batch)
-    engine_args.scheduler_cls = SCHEDULER
-
-
-def create_kvspec_config(
-    engine_args: Any, target_model_config: ModelConfig, target_parallel_config: ParallelConfig
-) -> KVSpecConfig:
-    """What ``EngineArgs.create_speculative_config`` returns for ``method="kvspec"``.
-
-    Merges ``--spec-method/--spec-model/--spec-tokens`` as vLLM does, refuses what cannot work, selects our worker and
-    attention backend, and logs one line. Raises ValueError (pydantic's for unknown keys).
-    """
-    settings = {key.replace("-", "_"): value for key, value in (engine_args.speculative_config or {}).items()}
-    flags = (
-        ("--spec-method", "method", engine_args.spec_method),
-        ("--spec-model", "model", engine_args.spec_model),
-        ("--spec-tokens", "num_speculative_tokens", engine_args.spec_tokens),
-    )
-    for flag, key, value in flags:
-        if value is None:
-            continue
-        if key in settings:
-            raise ValueError(f"{flag} and --speculative-config['{key}'] are mutually exclusive; give one of them.")
-        settings[key] = value
-
-    refuse_engine_options(engine_args, target_model_config, target_parallel_config)
-    kvspec = KVSpecConfig(
-        **settings, target_model_config=target_model_config, target_parallel_config=target_parallel_config
-    )
-    select_attention_backend(engine_args, kvspec)
-    select_budget(engine_args, kvspec, target_parallel_config)
-    target_parallel_config.worker_cls = CPU_WORKER if current_platform.is_cpu() else CUDA_WORKER
-    head = kvspec.draft_model_config.hf_config
-    logger.info(
-        "kvspec %s: target=%s head=%s context=%s target_kv_layers=%s block=%d tree=%s nodes=%d draft_noise=%s "
-        "drafter=%s budget=%s",
-        __version__,
-        target_model_config.model,
-        kvspec.model,
-        head.context,
-        head.target_kv_layer_ids,
-        head.draft_block_size,
-        kvspec.tree,
-        kvspec.num_speculative_tokens,
-        kvspec.draft_noise,
-        kvspec.drafter,
-        kvspec.budget,
-    )
-    return kvspec

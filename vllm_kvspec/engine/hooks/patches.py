@@ -39,7 +39,7 @@ def accept_kvspec() -> None:
     """Build our own config when the user asks for ``method="kvspec"``."""
 
     def build(engine_args, target_model_config, target_parallel_config):
-        from vllm_kvspec.engine.config.keys import create_kvspec_config
+        from vllm_kvspec.engine.config.selection import create_kvspec_config
 
         return create_kvspec_config(engine_args, target_model_config, target_parallel_config)
 

@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What kvspec cannot serve, refused at start: engine options, models, and heads that do not fit."""
+
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig
+from vllm.config import ModelConfig, ParallelConfig
+from vllm.platforms import current_platform
+from vllm.utils.torch_utils import resolve_kv_cache_dtype_string
+
+from vllm_kvspec.config import KVSpecDraftConfig, check_fingerprint, target_fingerprint
+
+CUDA_WORKER = "vllm_kvspec.engine.worker.KVSpecWorker"
+CPU_WORKER = "vllm_kvspec.engine.cpu.worker.KVSpecCPUWorker"
+CPU_CACHE_DTYPES = ("auto", "float16", "bfloat16")
+# Plain K and V, or with one scale per tensor.
+CACHE_DTYPES = (*CPU_CACHE_DTYPES, "fp8", "fp8_e4m3")
+
+
+def refuse_engine_options(engine_args: Any, model: ModelConfig, parallel: ParallelConfig) -> None:
+    """Raise ValueError for the first engine option that kvspec cannot serve with."""
+    model_kind = (
+        "multi-head latent attention"
+        if model.use_mla
+        else "encoder-decoder"
+        if model.is_encoder_decoder
+        else "hybrid or state-space layers"
+        if model.is_hybrid or model.is_attention_free
+        else "M-RoPE"
+        if model.uses_mrope
+        else "diffusion"
+        if model.is_diffusion
+        else "reference sliding-window attention"
+        if model.rswa_window is not None
+        else "a bidirectional prefix"
+        if model.is_mm_prefix_lm
+        else None
+    )
+    if model_kind:
+        raise ValueError(
+            f"kvspec needs a decoder whose KV cache is plain attention; {model.model} has {model_kind}. "
+            "Serve it without speculation or with another method."
+        )
+    cache_dtype = resolve_kv_cache_dtype_string(engine_args.kv_cache_dtype, model)
+    cache_dtypes = CPU_CACHE_DTYPES if current_platform.is_cpu() else CACHE_DTYPES
+    options = [
+        ("--pipeline-parallel-size", parallel.pipeline_parallel_size, parallel.pipeline_parallel_size > 1),
+        (
+            "--prefill-context-parallel-size",
+            parallel.prefill_context_parallel_size,
+            parallel.prefill_context_parallel_size > 1,
+        ),
+        (
+            "--decode-context-parallel-size",
+            parallel.decode_context_parallel_size,
+            parallel.decode_context_parallel_size > 1,
+        ),
+        ("--enable-dbo", True, parallel.enable_dbo),
+        ("--enable-batch-sharded-sampling", True, parallel.enable_batch_sharded_sampling),
+        ("--kv-transfer-config", "a connector", engine_args.kv_transfer_config is not None),
+        ("--watermark-config", "a watermark", getattr(engine_args, "watermark_config", None) is not None),
+        ("--kv-sharing-fast-prefill", True, engine_args.kv_sharing_fast_prefill),
+        ("--kv-cache-dtype", cache_dtype, cache_dtype not in cache_dtypes),
+        # The head shares the embedding and the LM head; vLLM's adapters map their rows by the target's batch.
+        ("--enable-lora", True, engine_args.enable_lora),
+        ("--worker-cls", parallel.worker_cls, parallel.worker_cls not in ("auto", CUDA_WORKER, CPU_WORKER)),
+        ("--return-sampling-mask", True, getattr(model, "return_sampling_mask", False)),
+        ("--enable-trace-replay", True, getattr(model, "enable_trace_replay", False)),
+    ]
+    for flag, value, set_by_user in options:
+        if set_by_user:
+            raise ValueError(
+                f"kvspec does not support {flag}; found {value}. Leave the flag out, or serve without kvspec."
+            )
+
+
+def load_head_config(model: str | None, revision: str | None) -> KVSpecDraftConfig:
+    """The head's config.json, with its weight files' headers checked when they are local. Raises ValueError."""
+    if not model:
+        raise ValueError('kvspec needs a draft head: give "model", a head\'s directory or repository; found none.')
+    try:
+        head = AutoConfig.from_pretrained(model, revision=revision)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"kvspec's model must be a draft head's directory or repository; {model!r} could not be read as one: "
+            f"{error}"
+        ) from error
+    if not isinstance(head, KVSpecDraftConfig):
+        raise ValueError(
+            f"kvspec's model must be a draft head (model_type {KVSpecDraftConfig.model_type!r}); {model!r} is a "
+            f"{head.model_type!r} model. Train a head for your target with `vllm-kvspec train`."
+        )
+    for path in sorted(Path(model).glob("*.safetensors")):
+        check_safetensors(path)
+    if Path(model).is_dir() and not any(Path(model).glob("*.safetensors")):
+        raise ValueError(f"kvspec's draft head {model!r} has a config.json but no *.safetensors file. Copy it whole.")
+    return head
+
+
+def check_safetensors(path: Path) -> None:
+    """Raise ValueError when the file's header or length is broken. Reads the header only."""
+    try:
+        with safe_open(path, framework="pt"):
+            pass
+    except SafetensorError as error:
+        raise ValueError(
+            f"The draft head's weights {path} are damaged or cut short ({error}). Copy the file again."
+        ) from error
+
+
+def check_servable(head: KVSpecDraftConfig) -> None:
+    """Raise ValueError for heads that need more context than the target's KV cache as it lies there."""
+    if head.has_own_context:
+        raise ValueError(
+            f"kvspec serves heads that read only the target's KV cache; {head.name_or_path} (context {head.context!r}, "
+            f"fusion {head.fusion!r}) needs a context cache of its own. It can be evaluated, not served: train a head "
+            'with context "kv" or "hybrid" and fusion "direct".'
+        )
+    if head.fusion != "direct":
+        raise ValueError(
+            f"kvspec serves heads whose layers each read one target layer as it lies in the cache; "
+            f"{head.name_or_path} (fusion {head.fusion!r}) reads a mix of layers {head.target_kv_layer_ids}. It can be "
+            'evaluated, not served: train a head with fusion "direct".'
+        )
+
+
+def check_head_fits(head: KVSpecDraftConfig, target: ModelConfig) -> None:
+    """Raise ValueError when the head was trained for another target than ``target``."""
+    tokenizer = None
+    if not target.skip_tokenizer_init:
+        from vllm.tokenizers import cached_tokenizer_from_config
+
+        tokenizer = cached_tokenizer_from_config(target)
+    found = target_fingerprint(target.hf_text_config, tokenizer)
+    found["name_or_path"] = target.model
+    check_fingerprint(head, found)
