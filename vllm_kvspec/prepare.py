@@ -18,7 +18,8 @@ from transformers import AutoConfig, AutoTokenizer
 
 from vllm_kvspec.config import target_fingerprint
 from vllm_kvspec.train.data import load_texts
-from vllm_kvspec.train.prepare import (
+from vllm_kvspec.train.record import versions
+from vllm_kvspec.train.regeneration import (
     Answer,
     Request,
     Settings,
@@ -28,7 +29,6 @@ from vllm_kvspec.train.prepare import (
     transformers_writer,
     write_rows,
 )
-from vllm_kvspec.train.record import versions
 from vllm_kvspec.train.rows_file import Progress, RowsFile
 
 logger = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ def prepare(
 ) -> Progress:
     """Write the training rows of ``data_path`` to ``output``, or go on where an interrupted run ended.
 
-    ``settings``: fields of ``train.prepare.Settings``; ``max_length`` is lowered to the target's context. ``command``
+    ``settings``: fields of ``train.regeneration.Settings``; ``max_length`` is lowered to the target's context. ``command``
     is recorded. Returns how much was written. Raises ValueError, before anything is written, for unusable texts,
     settings or output.
     """

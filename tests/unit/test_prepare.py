@@ -18,7 +18,7 @@ from vllm_kvspec.cli import main
 from vllm_kvspec.config import tokenizer_sha256
 from vllm_kvspec.train.conversations import normalize
 from vllm_kvspec.train.data import collate, load_rows, load_texts
-from vllm_kvspec.train.prepare import Answer, Dialogue, Settings, plan_prompts, regenerate
+from vllm_kvspec.train.regeneration import Answer, Dialogue, Settings, plan_prompts, regenerate
 
 WORDS = ["<eos>", "<pad>", "<user>", "<assistant>", "<system>", *"abcdefghij"]
 END = 0
