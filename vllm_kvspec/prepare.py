@@ -39,9 +39,9 @@ def prepare(
 ) -> Progress:
     """Write the training rows of ``data_path`` to ``output``, or go on where an interrupted run ended.
 
-    ``settings``: fields of ``train.regeneration.Settings``; ``max_length`` is lowered to the target's context. ``command``
-    is recorded. Returns how much was written. Raises ValueError, before anything is written, for unusable texts,
-    settings or output.
+    ``settings``: fields of ``train.regeneration.Settings``; ``max_length`` is lowered to the target's context.
+    ``command`` is recorded. Returns how much was written. Raises ValueError, before anything is written, for unusable
+    texts, settings or output.
     """
     config, tokenizer = AutoConfig.from_pretrained(target_model), AutoTokenizer.from_pretrained(target_model)
     chosen = Settings(**settings | {"max_length": _context(config, settings)})
