@@ -43,13 +43,22 @@ class Candidates(NamedTuple):
     parent: torch.Tensor
 
 
-def plan_levels(block_size: int, beam: int, width: int) -> list[Level]:
-    """Levels in which the best ``beam`` nodes of a level get ``width`` children each."""
+def plan_levels(block_size: int, beam: int, width: int, num_nodes: int | None = None) -> list[Level]:
+    """Levels in which the best ``beam`` nodes of a level get ``width`` children each.
+
+    ``num_nodes``: how many the tree will have at most. It then has the same nodes from fewer candidates: a parent at
+    depth d that keeps a child has d - 1 ancestors, and whatever ranks above it at its depth is kept as well, so only
+    the best ``num_nodes - d`` of a depth can be parents.
+    """
     levels, size = [], 1
-    for left in range(block_size - 1, -1, -1):
-        num_next = min(beam, size * width) if left else 0
+    for depth in range(block_size):
+        num_next = min(beam, size * width) if depth + 1 < block_size else 0
+        if num_nodes is not None:
+            num_next = max(0, min(num_next, num_nodes - depth - 1))
         levels.append(Level(size, width, num_next))
         size = num_next
+        if size == 0:
+            break
     return levels
 
 

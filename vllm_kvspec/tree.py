@@ -122,6 +122,7 @@ def expand_tree(
     *,
     beam: int,
     width: int,
+    num_nodes: int | None = None,
     chain: torch.Tensor | None = None,
 ) -> Candidates:
     """Candidates of a tree in torch: the best ``width`` children of the best ``beam`` nodes of each level.
@@ -131,13 +132,14 @@ def expand_tree(
     transition_in, transition_out: [V, r] each, the factors of the transition bias, or None.
     noise: [B, G, V] fp32, temperature times the noise with which the target samples the rows at base + d, or None.
     scale: [B] fp32, see ``ranking_scale``, or None for 1.
+    num_nodes: nodes of the tree they are for, or None: see ``plan_levels``.
     chain: [B] bool, rows that want a chain: all but the greedy path gets score -inf. None for no such row.
 
     Returns score [B, M] fp32 (cumulative log-probability), token [B, M] int64 and parent [B, M] int32 (index of the
     parent among the M candidates, -1 for the root), in level order.
     """
 
-    levels = plan_levels(depth_logits.shape[1], beam, width)
+    levels = plan_levels(depth_logits.shape[1], beam, width, num_nodes)
     return reference_candidates.expand_tree(
         depth_logits, anchor, transition_in, transition_out, noise, scale, levels=levels, chain=chain
     )

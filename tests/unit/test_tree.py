@@ -117,6 +117,25 @@ def test_expansion_rules(beam, width, block, seed):
             assert parents == set(best)
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    beam=st.integers(1, 8),
+    width=st.integers(1, 5),
+    block=st.integers(1, 5),
+    num_nodes=st.integers(1, 12),
+    seed=st.integers(0, 1000),
+)
+def test_a_small_tree_needs_fewer_candidates(beam, width, block, num_nodes, seed):
+    """Tokens, parents, depths and masks are those of the whole expansion."""
+    logits, anchor, factors, _ = head_scores(block=block, seed=seed)
+    num_nodes = min(num_nodes, num_candidates(block, beam, width))
+    whole = expand_tree(logits, anchor, *factors, beam=beam, width=width)
+    fewer = expand_tree(logits, anchor, *factors, beam=beam, width=width, num_nodes=num_nodes)
+    assert num_nodes <= fewer.score.shape[1] <= whole.score.shape[1]
+    for small, large in zip(tree_build(*fewer, num_nodes), tree_build(*whole, num_nodes), strict=True):
+        assert torch.equal(small, large)
+
+
 def test_chain_rows_hold_the_greedy_chain_only():
     logits, anchor, factors, _ = head_scores(block=3)
     chain = torch.tensor([True, False])

@@ -41,7 +41,7 @@ class Drafter:
         depth = min(head.config.draft_block_size, self.num_nodes)
         # A chain is the tree of one child per node.
         beam, width = (1, 1) if config.tree == "chain" else (TREE_BEAM, config.tree_width)
-        self.levels, self.chain_levels = plan_levels(depth, beam, width), plan_levels(depth, 1, 1)
+        self.levels, self.chain_levels = plan_levels(depth, beam, width, self.num_nodes), plan_levels(depth, 1, 1)
         if self.parents:
             self.levels, self.fixed_nodes = fixed_levels(self.parents, device)
             shape = ([0, *self.parents], depths(self.parents))
