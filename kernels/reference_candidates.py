@@ -264,6 +264,24 @@ def expand_level(
     log_prob, entry = scores.log_softmax(dim=-1).topk(level.width, dim=-1)
     # Without any finite score they are NaN, which sorts first.
     log_prob = log_prob.masked_fill(log_prob.isnan(), float("-inf"))
+    return place_children(
+        log_prob, entry, parents, level=level, chain=chain, draft_ids=draft_ids, candidates=candidates, offset=offset
+    )
+
+
+def place_children(
+    log_prob: torch.Tensor,
+    entry: torch.Tensor,
+    parents: Parents,
+    *,
+    level: Level,
+    chain: torch.Tensor | None,
+    draft_ids: torch.Tensor | None,
+    candidates: Candidates,
+    offset: int,
+) -> Parents | None:
+    """Write a level's candidates from each parent's best children, log_prob fp32 and entry int64 [B, P, width]; return
+    the next level's parents."""
     score = (parents.score.unsqueeze(-1) + log_prob).flatten(1)
     token = (entry if draft_ids is None else draft_ids[entry]).flatten(1)
     if chain is not None:
@@ -275,7 +293,7 @@ def expand_level(
     if level.num_next == 0:
         return None
     if level.slots is None:
-        chosen = score.topk(level.num_next, dim=-1).indices
+        chosen = score.argsort(dim=-1, descending=True, stable=True)[:, : level.num_next]
     else:
         # Sorting the places puts -1 first and the next parents last, in order.
         chosen = level.slots.argsort()[-level.num_next :].expand(score.shape[0], -1)

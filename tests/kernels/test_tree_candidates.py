@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""tree_candidates: kernel and twin against float64 and a stable sort; ties, masked tokens, fixed shapes, bad logits."""
+"""tree_candidates: kernel, twin and the CPU engine's compiled version against float64 and a stable sort; ties, masked
+tokens, fixed shapes, bad logits."""
 
 from types import SimpleNamespace
 
@@ -13,7 +14,12 @@ from vllm_kvspec.kernels.reference_candidates import Candidates, Level, Parents,
 from vllm_kvspec.tree import fixed_levels, parents_from_widths
 
 TEMPERATURES = (0.0, 1.0, 0.7, 1.6)
-BOTH = pytest.mark.parametrize("implementation", [tree_candidates, reference_candidates], ids=["kernel", "twin"])
+IMPLEMENTATIONS = {"kernel": tree_candidates, "twin": reference_candidates}
+if not torch.cuda.is_available():
+    from vllm_kvspec.engine.cpu.kernels import candidates as compiled
+
+    IMPLEMENTATIONS["compiled"] = compiled
+EACH = pytest.mark.parametrize("implementation", IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS)
 
 
 def make_case(
@@ -114,7 +120,7 @@ def run(implementation, case, levels, device) -> Candidates:
     return implementation.tree_candidates(*inputs, levels=levels, **options)
 
 
-@BOTH
+@EACH
 @pytest.mark.parametrize(
     ("options", "plan"),
     [
@@ -161,7 +167,7 @@ def test_kernel_matches_float64_anywhere(batch, vocab, rank, beam, width, couple
     check(case, levels, run(tree_candidates, case, levels, device))
 
 
-@BOTH
+@EACH
 @pytest.mark.parametrize(
     "parents",
     [
@@ -174,7 +180,7 @@ def test_fixed_shapes(device, implementation, parents):
     check(case, levels, run(implementation, case, levels, device))
 
 
-@BOTH
+@EACH
 def test_masked_tokens(device, implementation):
     """-inf logits: never a candidate with a finite score, and out of the softmax."""
     case, levels = make_case(batch=3, block=2, vocab=600), plan_levels(2, 8, 4)
@@ -186,7 +192,7 @@ def test_masked_tokens(device, implementation):
     check(case, levels, run(implementation, case, levels, device))
 
 
-@BOTH
+@EACH
 @pytest.mark.parametrize("value", [float("nan"), float("-inf"), float("inf")])
 def test_bad_logits_still_give_valid_tokens_and_parents(device, implementation, value):
     case, levels = make_case(batch=2, block=3, vocab=300), plan_levels(3, 4, 2)
@@ -199,14 +205,15 @@ def test_bad_logits_still_give_valid_tokens_and_parents(device, implementation, 
     assert ours.score[1].isfinite().all()
 
 
-def test_equal_scores_lowest_entry_then_lowest_candidate(device):
+@pytest.mark.parametrize("name", sorted({"kernel", "compiled"} & IMPLEMENTATIONS.keys()))
+def test_equal_scores_lowest_entry_then_lowest_candidate(device, name):
     """Ties everywhere, across splits: whole-number logits, no bias, no noise."""
     case, levels = make_case(batch=1, block=3, vocab=900, rank=0, coupled=False), plan_levels(3, 8, 4)
     case.inputs[0].copy_(torch.randint(0, 3, case.inputs[0].shape))
-    check(case, levels, run(tree_candidates, case, levels, device))
+    check(case, levels, run(IMPLEMENTATIONS[name], case, levels, device))
 
 
-@BOTH
+@EACH
 def test_logits_per_parent(device, implementation):
     """What autoregressive heads need: one level with other logits for every parent, scores and indices carried on."""
     batch, num_parents, width, depth, before = 2, 3, 4, 5, 7
@@ -264,6 +271,6 @@ def test_impossible_levels_are_refused(device):
     case = make_case(batch=1, block=2)
     with pytest.raises(ValueError, match="At most 8 parents"):
         run(tree_candidates, case, [Level(1, 20, 20), Level(20, 1, 20)], device)
-    for implementation in (tree_candidates, reference_candidates):
+    for implementation in IMPLEMENTATIONS.values():
         with pytest.raises(ValueError, match="deeper than the head's block"):
             run(implementation, case, plan_levels(3, 2, 2), device)

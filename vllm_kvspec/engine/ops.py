@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kernels the engine calls: Triton on a GPU, their torch twins on CPU.
+"""The kernels the engine calls: Triton on a GPU; on CPU their torch twins, the costly ones compiled.
 
-On CPU, Triton kernels run in the interpreter: right, but a hundred times slower than the twins. Set
-``VLLM_KVSPEC_KERNELS=triton`` to run them there all the same (the tests do), or ``torch`` to run the twins anywhere.
+On CPU, Triton kernels run in the interpreter: right, but a thousand times slower. Set ``VLLM_KVSPEC_KERNELS=triton``
+(with ``TRITON_INTERPRET=1``) to run them there all the same (the tests do), or ``torch`` to run the twins anywhere.
 """
 
 import os
@@ -38,6 +38,11 @@ else:
     )
     from vllm_kvspec.kernels.reference_candidates import tree_candidates, tree_level
     from vllm_kvspec.kernels.reference_draft_inputs import draft_inputs
+
+if _choice == "auto" and not USE_TRITON:
+    from vllm_kvspec.engine.cpu.kernels.attention import paged_draft_attention, tree_attention  # noqa: F811
+    from vllm_kvspec.engine.cpu.kernels.candidates import tree_candidates, tree_level  # noqa: F811
+    from vllm_kvspec.engine.cpu.kernels.gumbel import gumbel_noise  # noqa: F811
 
 __all__ = [
     "USE_TRITON",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CPU worker: vLLM's own, with our model runner and attention, on Triton's interpreter."""
+"""CPU workers: vLLM's own, with Model Runner V2 on compiled kernels, and with or without kvspec."""
 
 # Replaces torch.cuda streams and events; must come before anything below vllm.v1.worker.gpu.
 # isort: off
@@ -9,19 +9,26 @@ import vllm.v1.worker.cpu.model_runner as cpu_model_runner
 # isort: on
 from vllm.v1.worker.cpu_worker import CPUWorker
 
-from vllm_kvspec.engine.cpu import interpreter
+from vllm_kvspec.engine.cpu.kernels.install import install
 from vllm_kvspec.engine.hooks import compat
 from vllm_kvspec.engine.verify.attention_registry import cpu_backend
 from vllm_kvspec.engine.worker import kvspec_speculator, require_v2
 
 
-class KVSpecCPUWorker(CPUWorker):
-    """``--worker-cls`` is set to this by the speculative config on CPU."""
+class PlainV2CPUWorker(CPUWorker):
+    """Plain vLLM on Model Runner V2, which vLLM takes on a GPU: what kvspec must equal, sampling noise included.
+
+    Without kvspec vLLM serves on the V1 runner on CPU, whose sampling draws other noise.
+    """
 
     def __init__(self, vllm_config, *args, **kwargs):
         require_v2(vllm_config)
-        interpreter.work_around()
+        install()
         super().__init__(vllm_config, *args, **kwargs)
+
+
+class KVSpecCPUWorker(PlainV2CPUWorker):
+    """``--worker-cls`` is set to this by the speculative config on CPU."""
 
     def init_device(self) -> None:
         """``CPUWorker.init_device`` imports CPUModelRunner when it runs; it finds ours for that moment."""

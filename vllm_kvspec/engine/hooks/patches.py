@@ -10,6 +10,7 @@ from functools import wraps
 from typing import Any, Literal, get_args
 
 METHOD = "kvspec"
+CPU_WORKERS = "vllm_kvspec.engine.cpu.worker."
 
 
 def _wrap_create_speculative_config(build: Callable[..., Any]) -> None:
@@ -90,3 +91,35 @@ def allow_async_scheduling() -> None:
     types = getattr(vllm_config_module, "EagleModelTypes", None)
     if types is not None and METHOD not in get_args(types):
         vllm_config_module.EagleModelTypes = Literal[types, METHOD]
+
+
+def run_v2_without_triton() -> None:
+    """Target: ``VllmConfig.use_v2_model_runner`` and ``VllmConfig._validate_v2_model_runner``, for our CPU workers only.
+
+    Why: both refuse Model Runner V2 where vLLM has no Triton. Our CPU workers replace every kernel it would launch
+    (``engine/cpu/kernels``), as vLLM's CPU platform does for V1, so on CPU no Triton is needed. Upstream: no such
+    replacements for V2. Remove when vLLM's CPU platform runs V2.
+    """
+    from vllm.config import VllmConfig
+    from vllm.config import vllm as module
+
+    if hasattr(VllmConfig._validate_v2_model_runner, "kvspec_original"):
+        return
+
+    def with_triton(original: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        @wraps(original)
+        def call(config):
+            if not config.parallel_config.worker_cls.startswith(CPU_WORKERS):
+                return original(config)
+            has_triton = module.HAS_TRITON
+            module.HAS_TRITON = True
+            try:
+                return original(config)
+            finally:
+                module.HAS_TRITON = has_triton
+
+        call.kvspec_original = original
+        return call
+
+    VllmConfig.use_v2_model_runner = property(with_triton(VllmConfig.use_v2_model_runner.fget))
+    VllmConfig._validate_v2_model_runner = with_triton(VllmConfig._validate_v2_model_runner)

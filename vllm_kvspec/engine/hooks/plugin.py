@@ -26,3 +26,4 @@ def register() -> None:
     patches.accept_kvspec()
     patches.offer_spec_method()
     patches.allow_async_scheduling()
+    patches.run_v2_without_triton()
