@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CPU worker: vLLM's own, with our model runner and attention, on Triton's interpreter."""
+"""The CPU worker: vLLM's own, with our model runner and attention, and compiled kernels in the place of Triton's."""
 
 # Replaces torch.cuda streams and events; must come before anything below vllm.v1.worker.gpu.
 # isort: off
@@ -9,7 +9,7 @@ import vllm.v1.worker.cpu.model_runner as cpu_model_runner
 # isort: on
 from vllm.v1.worker.cpu_worker import CPUWorker
 
-from vllm_kvspec.engine.cpu import interpreter
+from vllm_kvspec.engine.cpu.kernels.install import install
 from vllm_kvspec.engine.hooks import compat
 from vllm_kvspec.engine.verify.attention_registry import cpu_backend
 from vllm_kvspec.engine.worker import kvspec_speculator, require_v2
@@ -20,7 +20,7 @@ class KVSpecCPUWorker(CPUWorker):
 
     def __init__(self, vllm_config, *args, **kwargs):
         require_v2(vllm_config)
-        interpreter.work_around()
+        install()
         super().__init__(vllm_config, *args, **kwargs)
 
     def init_device(self) -> None:

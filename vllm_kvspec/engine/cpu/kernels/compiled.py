@@ -13,6 +13,7 @@ import torch
 from numba import types
 
 INT = types.int64
+I16 = types.int16[::1]
 I32 = types.int32[::1]
 I64 = types.int64[::1]
 U8 = types.uint8[::1]

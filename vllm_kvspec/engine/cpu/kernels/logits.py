@@ -8,7 +8,7 @@ vLLM hands fp32 logits to all of them but the grammars', which see the model's o
 import numpy as np
 import torch
 
-from vllm_kvspec.engine.cpu.kernels.compiled import BOOL, F32, I32, I64, INT, compiled, flat, integers, row_chunks
+from vllm_kvspec.engine.cpu.kernels.compiled import BOOL, F32, I16, I32, I64, INT, compiled, flat, integers, row_chunks
 
 _F = np.float32
 _MINUS_INF = float("-inf")
@@ -306,6 +306,18 @@ def bad_words(
     )
 
 
+def _forbid(logits, mask, minus_inf):
+    for word in range((len(logits) + 31) // 32):
+        allowed = mask[word]
+        part = logits[word * 32 : min(word * 32 + 32, len(logits))]
+        for i in range(len(part)):
+            part[i] = part[i] if (allowed >> i) & 1 else minus_inf
+
+
+# Logits as the bits of their elements, which are of 4 or of 2 bytes.
+_FORBID = {4: (torch.int32, compiled(I32, I32, INT)(_forbid)), 2: (torch.int16, compiled(I16, I32, INT)(_forbid))}
+
+
 def grammar_bitmask(
     logits_ptr: torch.Tensor,
     logits_stride: int,
@@ -320,10 +332,12 @@ def grammar_bitmask(
 ) -> None:
     """A clear bit forbids its token. 0.33 has a mask for every position a request might have had, 0.32 for each."""
     starts = cu_num_logits_ptr.tolist()
-    masks = bitmask_ptr.numpy().view(np.uint8)
-    for mask, place in zip(masks, logits_indices_ptr.tolist(), strict=True):
+    bits, forbid = _FORBID[logits_ptr.element_size()]
+    minus_inf = torch.tensor(_MINUS_INF, dtype=logits_ptr.dtype).view(bits).item()
+    logits, masks = flat(logits_ptr.view(bits)), flat(bitmask_ptr)
+    for mask, place in enumerate(logits_indices_ptr.tolist()):
         request, position = divmod(place, MASK_STRIDE)
         row = starts[request] + position
         if row < starts[request + 1]:
-            allowed = np.unpackbits(mask, count=vocab_size, bitorder="little")
-            logits_ptr[row].masked_fill_(torch.from_numpy(allowed) == 0, _MINUS_INF)
+            start = row * logits_stride
+            forbid(logits[start : start + vocab_size], masks[mask * bitmask_stride :], minus_inf)
