@@ -14,10 +14,6 @@ sys.path.append(str(Path(__file__).parent))
 
 if torch.cuda.is_available():
     collect_ignore_glob = ["test_*.py"]
-else:
-    from vllm_kvspec.engine.cpu.kernels import install
-
-    install.install()
 
 
 def _clone(value):
