@@ -424,3 +424,49 @@ def test_bf16_logits():
     for x in (expected, logits):
         min_p.apply_min_p(x, rows, torch.full((MAX_REQS,), 0.2))
     assert torch.equal(logits, expected.bfloat16())
+
+
+def _vllm_top_k_top_p(logits, k, p):
+    """vLLM's own torch function, which ``install`` has replaced in its module."""
+    import importlib.util
+
+    from vllm.v1.sample.ops import topk_topp_sampler
+
+    spec = importlib.util.spec_from_file_location("vllm_topk_topp", topk_topp_sampler.__file__)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.apply_top_k_top_p_pytorch(logits, k, p, allow_cpu_sync=True)
+
+
+@pytest.mark.parametrize("seed", range(9))
+@pytest.mark.parametrize("with_k", [False, True])
+@pytest.mark.parametrize("scale", [0.3, 1.0, 5.0])
+def test_top_p(seed, with_k, scale):
+    from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
+
+    gen = torch.Generator().manual_seed(seed)
+    vocab = (7, VOCAB, 20_000)[seed % 3]
+    logits = torch.randn(20, vocab, generator=gen) * scale
+    logits[4, 1:] = float("-inf")
+    logits[5, ::2] = float("-inf")
+    logits[6, 3] = 90
+    p = torch.rand(20, generator=gen)
+    p[:3] = torch.tensor([1.0, 1e-6, 0.999])
+    k = torch.randint(1, vocab + 1, (20,), generator=gen, dtype=torch.int32)
+    k[0] = vocab
+    arguments = lambda: (logits.clone(), k.clone() if with_k else None, p)  # noqa: E731
+    ours, theirs = apply_top_k_top_p(*arguments()), _vllm_top_k_top_p(*arguments())
+    # A sum that rounds otherwise may move the border by a token: none does here.
+    assert torch.equal(ours, theirs)
+
+
+def test_top_p_of_equal_logits():
+    from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
+
+    kept = apply_top_k_top_p(torch.zeros(2, 100), None, torch.tensor([0.105, 1.0]))
+    assert kept.isfinite().sum(1).tolist() == [11, 100]
+    assert kept[0, -11:].eq(0).all()
+    strided = torch.randn(3, 105)[:, :100]
+    expected = apply_top_k_top_p(strided.clone(), None, torch.full((3,), 0.5))
+    assert torch.equal(apply_top_k_top_p(strided, None, torch.full((3,), 0.5)), expected)
+    assert torch.equal(strided, expected)

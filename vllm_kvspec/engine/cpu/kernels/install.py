@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Puts the kernels of this package in the place of vLLM's, by name, and an error in the place of all others.
 
-Without a GPU vLLM has no Triton: ``triton.jit`` leaves a plain function, which cannot be launched. Import
-``vllm.v1.worker.cpu.shm`` before this module: it replaces torch.cuda's streams before the model runner sees them.
+Without a GPU vLLM has no Triton: ``triton.jit`` leaves a plain function, which cannot be launched. (One function is
+replaced that is no kernel, for its speed: see ``top_p.py``.) Import ``vllm.v1.worker.cpu.shm`` before this module: it
+replaces torch.cuda's streams before the model runner sees them.
 """
 
 import importlib
@@ -11,6 +12,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 
+import vllm.v1.sample.ops.topk_topp_sampler as topk_topp_sampler
 from vllm.triton_utils import triton
 from vllm.triton_utils.dispatcher import KernelOverride
 from vllm.utils.math_utils import next_power_of_2
@@ -23,6 +25,7 @@ from vllm_kvspec.engine.cpu.kernels import (
     memory,
     outputs,
     thinking,
+    top_p,
 )
 
 _GPU = "vllm.v1.worker.gpu."
@@ -165,6 +168,7 @@ def install() -> None:
         | {name: _KeepsGrid(_resolve(name), kernel) for name, kernel in KERNELS_WITH_GRID.items()}
         | {name: _CannotLaunch(name, reason) for name, reason in left_out.items()}
     )
+    topk_topp_sampler.apply_top_k_top_p_pytorch = top_p.apply_top_k_top_p
     _installed = True
 
 
