@@ -21,6 +21,19 @@ if INTERPRETED:
 POISON_INTEGER = -0x5A5A5A5B
 
 
+def _load_neighbour(name: str):
+    """Import a module beside this file without putting the tests on sys.path."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+# Conftests of subdirectories import it before pytest_configure.
+_load_neighbour("interpreted_vllm")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     if importlib.util.find_spec("vllm_kvspec") is None:
         raise pytest.UsageError("vllm_kvspec is not importable: install it (pip install -e .) or use python -m pytest.")
@@ -40,15 +53,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if mark in item.keywords:
             item.add_marker(pytest.mark.skip(reason=reason))
-
-
-def _load_neighbour(name: str):
-    """Import a module beside this file without putting the tests on sys.path."""
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def _poison_allocations() -> None:

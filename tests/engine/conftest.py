@@ -16,6 +16,11 @@ if not torch.cuda.is_available():
     # Replaces torch.cuda streams and events; must come before anything below vllm.v1.worker.gpu.
     import vllm.v1.worker.cpu.shm  # noqa: F401
 
+    # As our workers do: tests call vLLM's samplers outside of them too.
+    from vllm_kvspec.engine.cpu.kernels import install
+
+    install.install()
+
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"

@@ -3,6 +3,7 @@
 
 import pytest
 import torch
+from interpreted_vllm import vllm_module
 
 from vllm_kvspec.kernels import reference
 from vllm_kvspec.kernels.gumbel_noise import gumbel_noise
@@ -30,7 +31,8 @@ def test_equals_the_noise_of_vllm(device, draw):
     """vLLM's jit functions, run token by token, are the truth that the coupling rests on."""
     triton = pytest.importorskip("triton")
     tl = triton.language
-    vllm_gumbel = pytest.importorskip("vllm.v1.worker.gpu.sample.gumbel")
+    pytest.importorskip("vllm")
+    vllm_gumbel = vllm_module("sample.gumbel")
     uniform, log1p = vllm_gumbel.murmur3_uniform32, vllm_gumbel._log1p_neg_stable
 
     @triton.jit
@@ -56,7 +58,8 @@ def test_equals_the_noise_of_vllm(device, draw):
 @pytest.mark.parametrize("temp", [pytest.param(1.0, id="T1"), pytest.param(0.6, id="T0.6")])
 def test_vllm_samples_the_argmax_of_logits_plus_our_noise(device, temp):
     """The whole sampler: its token is the argmax of logits + our noise, hence drafts ranked by it are coupled."""
-    vllm_gumbel = pytest.importorskip("vllm.v1.worker.gpu.sample.gumbel")
+    pytest.importorskip("vllm")
+    vllm_gumbel = vllm_module("sample.gumbel")
     torch.manual_seed(0)
     vocab, rows = 700, 6
     seeds = torch.arange(3, device=device) * 977 + 5

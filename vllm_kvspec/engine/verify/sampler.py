@@ -2,10 +2,10 @@
 """Sample-and-walk verification: the target's own token at every tree node, then a walk from the root.
 
 The target token of each row is drawn as vLLM's sampler draws it: from the processed logits, with Gumbel noise keyed by
-the request's seed and the row's true position (``gumbel_sample``, vllm/v1/worker/gpu/sample/gumbel.py; on CPU our twin
-of its noise, because the interpreter takes a second for a batch of trees). A child is accepted when it carries that
-token. Whatever the tree, the emitted tokens are the target's own samples at their positions, so
-the output equals plain decoding, token for token under the same seed. A node is accepted with probability p(children).
+the request's seed and the row's true position (``gumbel_sample``, vllm/v1/worker/gpu/sample/gumbel.py). A child is
+accepted when it carries that token. Whatever the tree, the emitted tokens are the target's own samples at their
+positions, so the output equals plain decoding, token for token under the same seed. A node is accepted with probability
+p(children).
 (Benchmarks can force acceptance instead: ``engine/verify/synthetic.py``.)
 """
 
@@ -117,19 +117,13 @@ class TreeRejectionSampler(RejectionSampler):
     ) -> torch.Tensor:
         """The target's token of each row, int64 [L], from logits [L, V] with every sampling parameter applied."""
         states = self.sampler.sampling_states
-        temperature, seeds = states.temperature.gpu, states.seeds.gpu
-        if not ops.USE_TRITON and not self.sampler.use_fp64_gumbel:
-            # Temperature is in the logits already; here it only tells sampling from greedy rows.
-            is_sampling = (temperature != 0).float()
-            vocab_size = processed_logits.shape[1]
-            noise = ops.gumbel_noise(seeds, is_sampling, pos[:, None], expanded_idx_mapping, vocab_size)
-            return (processed_logits.float() + noise[:, 0]).argmax(dim=-1)
         return gumbel_sample(
             processed_logits,
             expanded_idx_mapping,
-            temperature,
-            seeds,
+            states.temperature.gpu,
+            states.seeds.gpu,
             pos,
+            # The logits have it already.
             apply_temperature=False,
             is_drafting=False,
             use_fp64=self.sampler.use_fp64_gumbel,
