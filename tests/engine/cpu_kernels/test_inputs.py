@@ -34,6 +34,8 @@ def test_input_batch(check, seed, dtype, num_reqs):
         )
     check("input_batch", "prepare_pos_seq_lens", b.mapping, b.query_start, b.computed, positions, seq_lens)
     lengths = (b.computed[b.mapping] + b.query_start.diff()).int()
+    # Of some requests the prompt, or the prompt and a token, just ends here.
+    lengths[::3] = b.prefill[b.mapping[::3]] + seed % 3
     last, drafts = (b.ints(0, VOCAB, MAX_REQS, n, dtype=torch.int64) for n in (1, MAX_DRAFTS))
     for num_new in (0, 1):
         check(

@@ -206,10 +206,10 @@ def test_bad_words(check, seed):
     assert changed is None
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(45))
 def test_thinking_budget(check, seed):
     """Few tokens, so that markers occur anywhere; a cache that is cold, warm, or of a request that was there before."""
-    b = make_batch(seed)
+    b = make_batch(seed, MAX_REQS)
     tokens, drafts = b.ints(0, 3, MAX_REQS, MAX_LEN), b.ints(0, 3, b.num_rows)
     total = b.prompt + b.ints(0, 5, MAX_REQS)
     scan = b.ints(0, 60, MAX_REQS)
@@ -222,7 +222,7 @@ def test_thinking_budget(check, seed):
         torch.randn(b.num_rows, VOCAB, generator=b.gen),
         b.mapping,
         b.rows,
-        b.ints(-1, 6, MAX_REQS),
+        b.ints(-1, 3, MAX_REQS),
         tokens,
         total,
         drafts,
@@ -231,7 +231,7 @@ def test_thinking_budget(check, seed):
         place - 1 + (place < 0).int(),
         scan,
         torch.tensor([0, 1, 2][: 1 + seed % 3], dtype=torch.int32),
-        torch.tensor([1, 1, 0][: 1 + seed // 3], dtype=torch.int32),
+        torch.tensor([1, 1, 0][: 1 + seed // 3 % 3], dtype=torch.int32),
         torch.tensor([2, 0, 1, 1], dtype=torch.int32),
     )
 
