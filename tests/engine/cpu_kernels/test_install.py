@@ -62,6 +62,13 @@ def test_nothing_is_left_that_cannot_be_subscripted(kernel):
         found[(1,)]
 
 
+def test_vllm_can_register_kernels_beside_numba():
+    """Its CPU platform does so for every engine; the second one of a process finds numba loaded."""
+    from vllm.platforms import current_platform
+
+    current_platform.register_triton_kernel_overrides()
+
+
 def test_other_arguments_are_refused():
     name = "vllm.v1.worker.gpu.sample.min_p._min_p_kernel"
     implementation = install.KERNELS[name]

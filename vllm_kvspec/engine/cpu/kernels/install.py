@@ -175,8 +175,7 @@ def install() -> None:
 def _replace(replacements: dict) -> None:
     """Wherever a vLLM module holds the kernel.
 
-    vLLM's ``register_kernels`` does this for every module of the process, and fails on one of numba's, which holds an
-    object whose ``__dict__`` is no dict (``llvmlite.binding.ffi.lib``).
+    As vLLM's ``register_kernels``, which goes through every module of the process and knows neither grids nor errors.
     """
     kernels = {name: _resolve(name) for name in replacements}
     by_kernel = {id(kernels[name]): value for name, value in replacements.items()}
