@@ -207,7 +207,7 @@ def job(arguments: argparse.Namespace, models: dict[str, str], method: str, more
     plain_on_cpu = arguments.device == "cpu" and not method.startswith("kvspec")
     return {
         "engine": engine_arguments(arguments, models, spec and spec | more),
-        "worker_cls": "engine_worker_cpu.PlainCPUWorker" if plain_on_cpu else None,
+        "worker_cls": "vllm_kvspec.engine.cpu.worker.PlainV2CPUWorker" if plain_on_cpu else None,
         "vocab_size": TARGETS[arguments.target]["vocab_size"],
         "steps": arguments.steps,
         "tokens_per_step": 1 + (len(arguments.rates) if spec else 0),

@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[2]
 TARGET = str(ROOT / "examples/tiny/target")
 HEAD = os.environ.get("KVSPEC_TEST_HEAD", str(ROOT / "examples/tiny/draft"))
 # vLLM's CPU attention takes blocks of 32; ours takes 16, which gives more block boundaries.
-ON_CPU = {"worker_cls": "plain_worker.PlainCPUWorker", "block_size": 32}
+ON_CPU = {"worker_cls": "vllm_kvspec.engine.cpu.worker.PlainV2CPUWorker", "block_size": 32}
 PLAIN_ENGINE = {} if torch.cuda.is_available() else ON_CPU
 ENGINE_DEFAULTS = {
     "model": TARGET,

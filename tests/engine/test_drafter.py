@@ -215,7 +215,7 @@ def test_part_of_the_lm_head(target):
     )
     for fake, is_copied in ((plain, True), (capped, False), (quantised, False)):
         logits = DraftLogits(fake, VOCAB, ids, torch.float32)
-        assert (logits.rows is not None) == is_copied
+        assert (logits.project is not None) == is_copied
         torch.testing.assert_close(logits(hidden), fake.compute_logits(hidden)[:, ids])
 
 

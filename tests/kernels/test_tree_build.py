@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""tree_build: the twin keeps the best closed set and builds a sound tree; the kernel equals the twin."""
+"""tree_build: the twin keeps the best closed set and builds a sound tree; the kernel and the CPU engine's compiled
+version equal the twin."""
 
 import math
 
@@ -10,6 +11,14 @@ from hypothesis import strategies as st
 
 from vllm_kvspec.kernels import reference
 from vllm_kvspec.kernels.tree_build import tree_build
+
+IMPLEMENTATIONS = {"kernel": tree_build}
+if not torch.cuda.is_available():
+    from vllm_kvspec.engine.cpu.kernels import trees
+
+    IMPLEMENTATIONS["compiled"] = trees.tree_build
+EACH = pytest.mark.parametrize("build", IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS)
+AND_TWIN = pytest.mark.parametrize("build", [*IMPLEMENTATIONS.values(), reference.tree_build])
 
 
 @st.composite
@@ -60,6 +69,7 @@ def test_twin_keeps_the_best_candidates(case):
         assert mask[t] == mask[tree_parent[t]] | 1 << t
 
 
+@EACH
 @pytest.mark.parametrize(
     ("batch", "count", "num_nodes"),
     [
@@ -70,19 +80,20 @@ def test_twin_keeps_the_best_candidates(case):
         pytest.param(4, 5, 1, id="single-node"),
     ],
 )
-def test_kernel_matches_twin(device, batch, count, num_nodes):
+def test_matches_twin(device, build, batch, count, num_nodes):
     case = [x.to(device) for x in _random_candidates(batch, count, seed=count)]
-    for ours, twin in zip(tree_build(*case, num_nodes), reference.tree_build(*case, num_nodes), strict=True):
+    for ours, twin in zip(build(*case, num_nodes), reference.tree_build(*case, num_nodes), strict=True):
         assert ours.dtype == twin.dtype
         assert torch.equal(ours, twin)
 
 
+@EACH
 @settings(max_examples=40, deadline=None)
 @given(case=_candidates())
-def test_kernel_matches_twin_on_ties(case):
+def test_matches_twin_on_ties(build, case):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     case = [x.to(device) if torch.is_tensor(x) else x for x in case]
-    for ours, twin in zip(tree_build(*case), reference.tree_build(*case), strict=True):
+    for ours, twin in zip(build(*case), reference.tree_build(*case), strict=True):
         assert torch.equal(ours, twin)
 
 
@@ -93,18 +104,18 @@ def test_prefix_is_the_smaller_tree():
     assert all(torch.equal(a[:, : b.shape[1]], b) for a, b in zip(large, small, strict=True))
 
 
-def test_deepest_chain_uses_the_sign_bit(device):
+@AND_TWIN
+def test_deepest_chain_uses_the_sign_bit(device, build):
     # Node 63's own bit is the int64 sign: a logical/arithmetic shift mix-up or a short doubling shows here.
     score = -torch.arange(63, dtype=torch.float32)[None].to(device)
     parent = torch.arange(-1, 62, dtype=torch.int32)[None].to(device)
-    for build in (tree_build, reference.tree_build):
-        _, tree_parent, depth, mask = build(score, torch.ones_like(parent).long(), parent, 63)
-        assert tree_parent[0].tolist() == [0, *range(63)]
-        assert depth[0].tolist() == list(range(64))
-        assert mask[0].tolist() == [(1 << (t + 1)) - 1 if t < 63 else -1 for t in range(64)]
+    _, tree_parent, depth, mask = build(score, torch.ones_like(parent).long(), parent, 63)
+    assert tree_parent[0].tolist() == [0, *range(63)]
+    assert depth[0].tolist() == list(range(64))
+    assert mask[0].tolist() == [(1 << (t + 1)) - 1 if t < 63 else -1 for t in range(64)]
 
 
-@pytest.mark.parametrize("build", [tree_build, reference.tree_build])
+@AND_TWIN
 def test_broken_scores_still_give_a_sound_tree(device, build):
     # NaN, +inf and children above their parents: never a parent at or after its child, whatever the head computes.
     score = torch.tensor([[-3.0, math.nan, 5.0, math.inf, -1.0, math.nan]], device=device)
@@ -117,9 +128,9 @@ def test_broken_scores_still_give_a_sound_tree(device, build):
         assert depth[0, t] == depth[0, above] + 1
 
 
+@AND_TWIN
 @pytest.mark.parametrize("num_nodes", [0, 5, 64])
-def test_impossible_sizes_are_refused(num_nodes):
+def test_impossible_sizes_are_refused(build, num_nodes):
     score, token, parent = _random_candidates(1, 4, seed=0)
-    for build in (tree_build, reference.tree_build):
-        with pytest.raises(ValueError, match="num_nodes"):
-            build(score, token, parent, num_nodes)
+    with pytest.raises(ValueError, match="num_nodes"):
+        build(score, token, parent, num_nodes)

@@ -1,12 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""tree_walk: twin against a python walk over random trees, kernel against twin."""
+"""tree_walk: twin against a python walk over random trees; kernel and the compiled version against the twin."""
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_kvspec.kernels import reference
 from vllm_kvspec.kernels.tree_walk import tree_walk
+
+IMPLEMENTATIONS = {"kernel": tree_walk}
+if not torch.cuda.is_available():
+    from vllm_kvspec.engine.cpu.kernels import trees
+
+    IMPLEMENTATIONS["compiled"] = trees.tree_walk
+EACH = pytest.mark.parametrize("walk", IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS)
 
 
 @st.composite
@@ -67,26 +75,29 @@ def test_twin_matches_python_walk(batch):
         assert path[b].tolist() == nodes + list(range(len(nodes), size))
 
 
+@EACH
 @settings(max_examples=60, deadline=None)
 @given(batch=_batches())
-def test_kernel_matches_twin(batch):
+def test_matches_twin(walk, batch):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     inputs = _tensors(batch, device)
-    for ours, twin in zip(tree_walk(*inputs), reference.tree_walk(*inputs), strict=True):
+    for ours, twin in zip(walk(*inputs), reference.tree_walk(*inputs), strict=True):
         assert ours.dtype == twin.dtype
         assert torch.equal(ours, twin)
 
 
-def test_largest_chain_is_accepted_whole(device):
+@EACH
+def test_largest_chain_is_accepted_whole(device, walk):
     # 64 nodes: the block is exactly full, so an off-by-one in a mask or in the stop rule shows.
     chain = ([[0, *range(63)]], [64], [*range(1, 65)], [*range(64)], [0])
-    tokens, num_sampled, path = tree_walk(*_tensors(chain, device))
+    tokens, num_sampled, path = walk(*_tensors(chain, device))
     assert num_sampled.tolist() == [64]
     assert tokens[0].tolist() == list(range(1, 65))
     assert path[0].tolist() == list(range(64))
 
 
-def test_int32_drafts_match_int64_samples(device):
+@EACH
+def test_int32_drafts_match_int64_samples(device, walk):
     sampled, drafted, *rest = _tensors(([[0, 0, 1]], [3], [4, 7, 5], [9, 4, 7], [0]), device)
-    tokens, num_sampled, _ = tree_walk(sampled, drafted.int(), *rest)
+    tokens, num_sampled, _ = walk(sampled, drafted.int(), *rest)
     assert (tokens.tolist(), num_sampled.tolist()) == ([[4, 7, 5]], [3])

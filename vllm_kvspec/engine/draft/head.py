@@ -6,7 +6,7 @@ read in place, and the block's own live only within one call.
 """
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
@@ -15,7 +15,12 @@ from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.model_executor.layers.layernorm import RMSNorm
-from vllm.model_executor.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
+from vllm.model_executor.layers.linear import (
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+    ReplicatedLinear,
+    RowParallelLinear,
+)
 from vllm.model_executor.layers.rotary_embedding import get_rope
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.platforms import current_platform
@@ -144,8 +149,7 @@ class KVSpecLayer(nn.Module):
 class KVSpecDraftModel(nn.Module):
     """Built and loaded by vLLM's model loader from the head's checkpoint.
 
-    ``transition``: both factors of the bias, [V, r] and [Vd, r], or (None, None) for a head without one. ``draft_ids``:
-    target ids int64 [Vd] of a reduced draft vocabulary, or None.
+    ``draft_ids``: target ids int64 [Vd] of a reduced draft vocabulary, or None.
     """
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
@@ -158,7 +162,9 @@ class KVSpecDraftModel(nn.Module):
         if config.drafting == "block":
             self.block_embedding = nn.Parameter(torch.empty(config.draft_block_size, hidden))
         if config.context == "hybrid":
-            self.context_proj = nn.Linear(2 * hidden, hidden, bias=False)
+            self.context_proj = ReplicatedLinear(
+                2 * hidden, hidden, bias=False, return_bias=False, prefix=f"{prefix}.context_proj"
+            )
         self.layers = nn.ModuleList(
             KVSpecLayer(config, max_position, f"{prefix}.layers.{i}") for i in range(config.num_hidden_layers)
         )
@@ -166,14 +172,21 @@ class KVSpecDraftModel(nn.Module):
         if config.transition_rank:
             self.transition_in = nn.Embedding(config.vocab_size, config.transition_rank)
             self.transition_out = nn.Linear(config.transition_rank, config.draft_vocab_size, bias=False)
+        # Made of the loaded weights, when first needed.
+        self._packed_transition: Callable[[torch.Tensor], torch.Tensor] | None = None
         is_reduced = config.draft_vocab_size < config.vocab_size
         self.register_buffer("draft_ids", torch.arange(config.draft_vocab_size) if is_reduced else None)
 
     @property
-    def transition(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    def transition(self) -> tuple:
+        """What ``ops.tree_candidates`` takes: both factors of the bias, or (None, None)."""
         if not self.config.transition_rank:
             return None, None
-        return self.transition_in.weight, self.transition_out.weight
+        if not ops.USE_COMPILED:
+            return self.transition_in.weight, self.transition_out.weight
+        if self._packed_transition is None:
+            self._packed_transition = ops.fixed_linear(self.transition_out.weight)
+        return self.transition_in.weight, self._packed_transition
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         """vLLM's registry asks every generation model for it; the head's embedding is the target's."""
@@ -217,6 +230,7 @@ class KVSpecDraftModel(nn.Module):
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load the checkpoint's tensors; raises ValueError for a tensor the head lacks or one it does not get."""
+        self._packed_transition = None
         parameters = dict(self.named_parameters())
         loaded: set[str] = set()
         parts: set[str] = set()

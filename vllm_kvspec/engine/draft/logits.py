@@ -7,6 +7,8 @@ from torch.nn.functional import linear
 from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.logger import init_logger
 
+from vllm_kvspec.engine import ops
+
 logger = init_logger("vllm.kvspec.draft_logits")
 
 # Hidden states of the comparison in ``lm_head_rows``: large, so that a cap on the logits shows.
@@ -27,12 +29,13 @@ class DraftLogits:
         self.target_model = target_model
         self.vocab_size = vocab_size
         self.draft_ids = draft_ids
-        self.rows = None if draft_ids is None else lm_head_rows(target_model, draft_ids, dtype)
+        rows = None if draft_ids is None else lm_head_rows(target_model, draft_ids, dtype)
+        self.project = None if rows is None else ops.fixed_linear(rows)
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """``hidden`` [n, H] -> logits [n, V], or [n, Vd]."""
-        if self.rows is not None:
-            return linear(hidden, self.rows)
+        if self.project is not None:
+            return self.project(hidden)
         logits = self.target_model.compute_logits(hidden)
         return logits[:, : self.vocab_size] if self.draft_ids is None else logits.index_select(1, self.draft_ids)
 

@@ -5,6 +5,7 @@ Two more replacements are scoped and live where they act: ``worker.py`` swaps th
 (process-local, only in kvspec workers), and ``cpu/worker.py`` swaps ``CPUModelRunner`` while the device initialises.
 """
 
+import sys
 from collections.abc import Callable
 from functools import wraps
 from typing import Any, Literal, get_args
@@ -93,8 +94,34 @@ def allow_async_scheduling() -> None:
         vllm_config_module.EagleModelTypes = Literal[types, METHOD]
 
 
+def rebind_kernels_beside_numba() -> None:
+    """Target: ``vllm.triton_utils.dispatcher._rebind_kernels``.
+
+    Why: on CPU it asks every attribute of every loaded module for its ``__dict__``, and one of llvmlite's answers with
+    something else (``llvmlite.binding.ffi.lib`` takes any name for a function of the library): a worker cannot start
+    in a process that has imported numba. Upstream: not reported. Remove when the scan skips what is no dict.
+    """
+    from vllm.triton_utils import dispatcher
+
+    original = dispatcher._rebind_kernels
+    if hasattr(original, "kvspec_original"):
+        return
+
+    @wraps(original)
+    def _rebind_kernels(overrides):
+        hidden = sys.modules.pop("llvmlite.binding.ffi", None)
+        try:
+            original(overrides)
+        finally:
+            if hidden is not None:
+                sys.modules["llvmlite.binding.ffi"] = hidden
+
+    _rebind_kernels.kvspec_original = original
+    dispatcher._rebind_kernels = _rebind_kernels
+
+
 def run_v2_without_triton() -> None:
-    """Target: ``VllmConfig.use_v2_model_runner`` and ``VllmConfig._validate_v2_model_runner``, for our CPU workers only.
+    """Target: ``VllmConfig.use_v2_model_runner`` and ``VllmConfig._validate_v2_model_runner``, for our CPU workers.
 
     Why: both refuse Model Runner V2 where vLLM has no Triton. Our CPU workers replace every kernel it would launch
     (``engine/cpu/kernels``), as vLLM's CPU platform does for V1, so on CPU no Triton is needed. Upstream: no such

@@ -27,3 +27,4 @@ def register() -> None:
     patches.offer_spec_method()
     patches.allow_async_scheduling()
     patches.run_v2_without_triton()
+    patches.rebind_kernels_beside_numba()

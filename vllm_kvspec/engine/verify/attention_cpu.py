@@ -2,7 +2,7 @@
 """Attention backend for the CPU engine: plain paged layout, every row through the tree attention op.
 
 vLLM's own CPU backend packs K per instruction set inside a C++ kernel that takes no mask, so neither the tree nor the
-head could read its cache. This one is for running and testing without a GPU, not for speed.
+head could read its cache.
 """
 
 from dataclasses import dataclass
@@ -20,6 +20,7 @@ from vllm.v1.attention.backend import (
     MultipleOf,
 )
 
+from vllm_kvspec.engine.cpu.kernels.attention import store_kv
 from vllm_kvspec.engine.target_kv import split_kv
 from vllm_kvspec.engine.verify.attention import HasTreeState, attend, refuse_attention_features
 from vllm_kvspec.engine.verify.tree_state import TreeState
@@ -114,13 +115,7 @@ class CPUTreeAttentionImpl(AttentionImpl):
         slot_mapping: torch.Tensor,
     ) -> None:
         """Write K and V [num_tokens, num_kv_heads, head_dim] to their slots; negative slots are padding."""
-        k_cache, v_cache = split_kv(kv_cache, self.head_size)
-        block_size = k_cache.shape[1]
-        kept = (slot_mapping >= 0).nonzero().squeeze(1)
-        slots = slot_mapping[kept]
-        block, offset = slots // block_size, slots % block_size
-        k_cache[block, offset] = key[kept].to(k_cache.dtype)
-        v_cache[block, offset] = value[kept].to(v_cache.dtype)
+        store_kv(key, value, *split_kv(kv_cache, self.head_size), slot_mapping)
 
     def forward(
         self,

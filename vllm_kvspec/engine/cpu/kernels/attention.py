@@ -1,0 +1,321 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention over the paged KV cache on CPU, and the cache's update: compiled ``tree_attention`` and
+``paged_draft_attention`` for float32.
+
+The torch twins gather each request's keys and values and mask whole score matrices, which for the few rows of a decode
+step costs more than the products. Here two query rows that share a KV head go through the cache together, four keys at
+a time, where it lies. Other dtypes take the twins.
+"""
+
+import math
+
+import numba
+import numpy as np
+import torch
+from numba import types
+
+from vllm_kvspec.engine.cpu.kernels.compiled import F32, I32, I64, INT, compiled, flat
+from vllm_kvspec.kernels import reference
+
+_F = np.float32
+# No "ninf": a hidden score is -inf.
+_FAST = {"reassoc", "contract", "arcp", "nsz", "nnan"}
+_inlined = numba.njit(forceinline=True, error_model="numpy", fastmath=_FAST)
+
+
+@_inlined
+def exp(x):
+    """e**x in fp32 for x <= 0, to about two units in the last place (Cephes' polynomial); 0 below -87."""
+    y = max(x, _F(-87.0))
+    n = _F(math.floor(y * _F(1.44269504) + _F(0.5)))
+    f = (y - n * _F(0.693359375)) + n * _F(2.12194440e-4)
+    p = _F(1.9875691500e-4)
+    p = p * f + _F(1.3981999507e-3)
+    p = p * f + _F(8.3334519073e-3)
+    p = p * f + _F(4.1665795894e-2)
+    p = p * f + _F(1.6666665459e-1)
+    p = p * f + _F(5.0000001201e-1)
+    result = (p * f * f + f + _F(1.0)) * np.int32((np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)
+    return result if x >= _F(-87.0) else _F(0.0)
+
+
+@_inlined
+def _dot(q0, q1, keys, starts, first, end, dim, scores0, scores1):
+    """scores[j] = q . key j for both queries and j in [first, end); key j starts at ``starts[j]`` of ``keys``."""
+    j = first
+    while j + 4 <= end:
+        k0 = keys[starts[j] : starts[j] + dim]
+        k1 = keys[starts[j + 1] : starts[j + 1] + dim]
+        k2 = keys[starts[j + 2] : starts[j + 2] + dim]
+        k3 = keys[starts[j + 3] : starts[j + 3] + dim]
+        a0, a1, a2, a3 = _F(0), _F(0), _F(0), _F(0)
+        b0, b1, b2, b3 = _F(0), _F(0), _F(0), _F(0)
+        for d in range(dim):
+            x, y = q0[d], q1[d]
+            a0 += x * k0[d]
+            a1 += x * k1[d]
+            a2 += x * k2[d]
+            a3 += x * k3[d]
+            b0 += y * k0[d]
+            b1 += y * k1[d]
+            b2 += y * k2[d]
+            b3 += y * k3[d]
+        scores0[j], scores0[j + 1], scores0[j + 2], scores0[j + 3] = a0, a1, a2, a3
+        scores1[j], scores1[j + 1], scores1[j + 2], scores1[j + 3] = b0, b1, b2, b3
+        j += 4
+    while j < end:
+        k0 = keys[starts[j] : starts[j] + dim]
+        a0, b0 = _F(0), _F(0)
+        for d in range(dim):
+            a0 += q0[d] * k0[d]
+            b0 += q1[d] * k0[d]
+        scores0[j], scores1[j] = a0, b0
+        j += 1
+
+
+@_inlined
+def _weigh(weights0, weights1, values, starts, first, end, dim, sum0, sum1):
+    """sum += weights[j] * value j for both queries and j in [first, end)."""
+    j = first
+    while j + 4 <= end:
+        v0 = values[starts[j] : starts[j] + dim]
+        v1 = values[starts[j + 1] : starts[j + 1] + dim]
+        v2 = values[starts[j + 2] : starts[j + 2] + dim]
+        v3 = values[starts[j + 3] : starts[j + 3] + dim]
+        a0, a1, a2, a3 = weights0[j], weights0[j + 1], weights0[j + 2], weights0[j + 3]
+        b0, b1, b2, b3 = weights1[j], weights1[j + 1], weights1[j + 2], weights1[j + 3]
+        for d in range(dim):
+            sum0[d] += a0 * v0[d] + a1 * v1[d] + a2 * v2[d] + a3 * v3[d]
+            sum1[d] += b0 * v0[d] + b1 * v1[d] + b2 * v2[d] + b3 * v3[d]
+        j += 4
+    while j < end:
+        v0 = values[starts[j] : starts[j] + dim]
+        for d in range(dim):
+            sum0[d] += weights0[j] * v0[d]
+            sum1[d] += weights1[j] * v0[d]
+        j += 1
+
+
+@_inlined
+def _softmax(scores, scale):
+    """Scores to unnormalised weights; returns what to multiply the weighted sum by."""
+    # Loops from 0: only with an index that cannot be negative are they vector code.
+    top = _F(-np.inf)
+    for j in range(len(scores)):
+        top = max(top, scores[j])
+    total = _F(0)
+    for j in range(len(scores)):
+        weight = exp((scores[j] - top) * scale)
+        scores[j] = weight
+        total += weight
+    return _F(1) / total
+
+
+@_inlined
+def _store(out, start, dim, total, factor):
+    row = out[start : start + dim]
+    for d in range(dim):
+        row[d] = total[d] * factor
+        total[d] = _F(0)
+
+
+@_inlined
+def _slots(starts, table, first, end, block_size, stride_block, stride_slot):
+    """Where the keys [first, end) of a request start in the cache, for head 0."""
+    for j in range(first, end):
+        starts[j] = table[j // block_size] * stride_block + (j % block_size) * stride_slot
+
+
+@_inlined
+def _popcount(mask):
+    count = 0
+    for bit in range(64):
+        count += (mask >> bit) & 1
+    return count
+
+
+@_inlined
+def _hide_from_row(scores, row, num_rows, seq_len, tree, masks, window, first, end):
+    """-inf for the keys [first, end) that a verification row may not see: see ``reference.tree_attention``."""
+    true_row = seq_len - num_rows + row
+    if row < num_rows - tree:
+        for j in range(true_row + 1, end):
+            scores[j] = -np.inf
+    else:
+        base = seq_len - tree
+        mask = masks[row - (num_rows - tree)]
+        true_row = base + _popcount(mask) - 1
+        for t in range(tree):
+            hidden = (mask >> t) & 1 == 0
+            # The depth position of a key, where a sliding window needs it.
+            if window > 0 and not hidden:
+                hidden = true_row - (base + _popcount(masks[t]) - 1) >= window
+            if hidden:
+                scores[base + t] = -np.inf
+    if window > 0:
+        for j in range(first, min(true_row - window + 1, seq_len - tree)):
+            scores[j] = -np.inf
+
+
+_LAYOUT = (INT,) * 7  # block size; strides of a block, a slot and a head; KV heads, query heads for each, head_dim
+
+
+@compiled(F32, F32, F32, F32, I32, I32, I32, I64, I32, INT, INT, INT, *_LAYOUT, types.float32, INT, fastmath=_FAST)
+def _tree_attention(
+    q, keys, values, out, tables, row_starts, seq_lens, masks, trees, num_reqs, table_stride, mask_stride,
+    block_size, stride_block, stride_slot, stride_head, num_kv_heads, group, dim, scale, window,
+):  # fmt: skip
+    longest = seq_lens[:num_reqs].max() if num_reqs else 0
+    scores0, scores1 = np.empty(longest, np.float32), np.empty(longest, np.float32)
+    sum0, sum1 = np.zeros(dim, np.float32), np.zeros(dim, np.float32)
+    starts, head_starts = np.empty(longest, np.int64), np.empty(longest, np.int64)
+    width = num_kv_heads * group * dim
+    for b in range(num_reqs):
+        row_start, seq_len, tree = row_starts[b], seq_lens[b], trees[b]
+        num_rows = row_starts[b + 1] - row_start
+        if num_rows == 0:
+            continue
+        mask = masks[b * mask_stride : b * mask_stride + tree]
+        # With a sliding window the blocks behind it may already belong to others: never read them.
+        first = max(0, seq_len - num_rows - window + 1) if window > 0 else 0
+        _slots(starts, tables[b * table_stride :], first, seq_len, block_size, stride_block, stride_slot)
+        for h in range(num_kv_heads):
+            for j in range(first, seq_len):
+                head_starts[j] = starts[j] + h * stride_head
+            for r in range(0, num_rows * group, 2):
+                # The last of an odd number of query rows goes with itself.
+                s = min(r + 1, num_rows * group - 1)
+                i, j = r // group, s // group
+                a = (row_start + i) * width + (h * group + r - i * group) * dim
+                c = (row_start + j) * width + (h * group + s - j * group) * dim
+                end = seq_len if j >= num_rows - tree else seq_len - num_rows + j + 1
+                _dot(q[a : a + dim], q[c : c + dim], keys, head_starts, first, end, dim, scores0, scores1)
+                _hide_from_row(scores0, i, num_rows, seq_len, tree, mask, window, first, end)
+                _hide_from_row(scores1, j, num_rows, seq_len, tree, mask, window, first, end)
+                factor0, factor1 = _softmax(scores0[first:end], scale), _softmax(scores1[first:end], scale)
+                _weigh(scores0, scores1, values, head_starts, first, end, dim, sum0, sum1)
+                _store(out, a, dim, sum0, factor0)
+                _store(out, c, dim, sum1, factor1)
+
+
+@_inlined
+def _hide_from_block_row(scores, row, context, window, causal, first, end):
+    """-inf for the keys that a row of the head's block may not see: see ``reference.paged_draft_attention``."""
+    if causal:
+        for j in range(context + row + 1, end):
+            scores[j] = -np.inf
+    if window > 0:
+        for j in range(first, min(context, context + row - window + 1)):
+            scores[j] = -np.inf
+
+
+@compiled(F32, F32, F32, F32, F32, F32, I32, I32, INT, INT, INT, *_LAYOUT, types.float32, INT, INT, fastmath=_FAST)
+def _draft_attention(
+    q, keys, values, own_keys, own_values, out, tables, context_lens, num_reqs, num_rows, table_stride,
+    block_size, stride_block, stride_slot, stride_head, num_kv_heads, group, dim, scale, window, causal,
+):  # fmt: skip
+    longest = (context_lens[:num_reqs].max() if num_reqs else 0) + num_rows
+    scores0, scores1 = np.empty(longest, np.float32), np.empty(longest, np.float32)
+    sum0, sum1 = np.zeros(dim, np.float32), np.zeros(dim, np.float32)
+    starts, head_starts = np.empty(longest, np.int64), np.empty(longest, np.int64)
+    width = num_kv_heads * group * dim
+    for b in range(num_reqs):
+        context = context_lens[b]
+        end = context + num_rows
+        first = min(context, max(0, context - window + 1)) if window > 0 else 0
+        _slots(starts, tables[b * table_stride :], first, context, block_size, stride_block, stride_slot)
+        for h in range(num_kv_heads):
+            for j in range(first, context):
+                head_starts[j] = starts[j] + h * stride_head
+            for j in range(num_rows):
+                head_starts[context + j] = ((b * num_rows + j) * num_kv_heads + h) * dim
+            for r in range(0, num_rows * group, 2):
+                s = min(r + 1, num_rows * group - 1)
+                i, j = r // group, s // group
+                a = (b * num_rows + i) * width + (h * group + r - i * group) * dim
+                c = (b * num_rows + j) * width + (h * group + s - j * group) * dim
+                q0, q1 = q[a : a + dim], q[c : c + dim]
+                _dot(q0, q1, keys, head_starts, first, context, dim, scores0, scores1)
+                _dot(q0, q1, own_keys, head_starts, context, end, dim, scores0, scores1)
+                _hide_from_block_row(scores0, i, context, window, causal, first, end)
+                _hide_from_block_row(scores1, j, context, window, causal, first, end)
+                factor0, factor1 = _softmax(scores0[first:end], scale), _softmax(scores1[first:end], scale)
+                _weigh(scores0, scores1, values, head_starts, first, context, dim, sum0, sum1)
+                _weigh(scores0, scores1, own_values, head_starts, context, end, dim, sum0, sum1)
+                _store(out, a, dim, sum0, factor0)
+                _store(out, c, dim, sum1, factor1)
+
+
+@compiled(F32, F32, F32, F32, I64, INT, INT, INT, INT, INT, INT, INT, INT)
+def _store_kv(
+    key, value, keys, values, slots, key_stride, value_stride, block_size, stride_block, stride_slot, stride_head,
+    num_kv_heads, dim,
+):  # fmt: skip
+    for row in range(len(slots)):
+        if slots[row] < 0:
+            continue
+        start = slots[row] // block_size * stride_block + slots[row] % block_size * stride_slot
+        for h in range(num_kv_heads):
+            to, k, v = start + h * stride_head, row * key_stride + h * dim, row * value_stride + h * dim
+            keys[to : to + dim] = key[k : k + dim]
+            values[to : to + dim] = value[v : v + dim]
+
+
+def store_kv(
+    key: torch.Tensor, value: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, slot_mapping: torch.Tensor
+) -> None:
+    """Write K and V ``[>=n, Hkv, D]`` to the slots int64 ``[n]`` of caches ``[num_blocks, block_size, Hkv, D]``.
+
+    A negative slot is padding.
+    """
+    if _all_fp32(key, value, k_cache, v_cache) and key.stride(1) == value.stride(1) == key.shape[2]:
+        _store_kv(
+            flat(key), flat(value), flat(k_cache), flat(v_cache), flat(slot_mapping), key.stride(0), value.stride(0),
+            k_cache.shape[1], *k_cache.stride()[:3], key.shape[1], key.shape[2],
+        )  # fmt: skip
+        return
+    kept = (slot_mapping >= 0).nonzero().squeeze(1)
+    block, offset = slot_mapping[kept] // k_cache.shape[1], slot_mapping[kept] % k_cache.shape[1]
+    k_cache[block, offset] = key[kept].to(k_cache.dtype)
+    v_cache[block, offset] = value[kept].to(v_cache.dtype)
+
+
+def _layout(cache: torch.Tensor, num_heads: int) -> tuple[int, ...]:
+    """``_LAYOUT`` of a cache [num_blocks, block_size, Hkv, D]."""
+    _, block_size, num_kv_heads, dim = cache.shape
+    return (block_size, *cache.stride()[:3], num_kv_heads, num_heads // num_kv_heads, dim)
+
+
+def _all_fp32(*tensors: torch.Tensor) -> bool:
+    return all(tensor.dtype == torch.float32 for tensor in tensors)
+
+
+def tree_attention(q, k_cache, v_cache, block_table, query_start_loc, seq_lens, batch_mask, batch_len, **options):
+    """``reference.tree_attention``, without scales for float32 (an unquantised cache has none)."""
+    out = options["out"]
+    if not _all_fp32(q, k_cache, v_cache, out):
+        return reference.tree_attention(
+            q, k_cache, v_cache, block_table, query_start_loc, seq_lens, batch_mask, batch_len, **options
+        )
+    _tree_attention(
+        flat(q.contiguous()), flat(k_cache), flat(v_cache), flat(out), flat(block_table), flat(query_start_loc),
+        flat(seq_lens), flat(batch_mask), flat(batch_len), len(seq_lens), block_table.stride(0), batch_mask.stride(0),
+        *_layout(k_cache, q.shape[1]), options["scale"], options.get("sliding_window", 0),
+    )  # fmt: skip
+    return out
+
+
+def paged_draft_attention(q, k_cache, v_cache, block_table, context_lens, k_block, v_block, **options):
+    """``reference.paged_draft_attention``, without scales for float32 (an unquantised cache has none)."""
+    out = options["out"]
+    if not _all_fp32(q, k_cache, v_cache, k_block, v_block, out):
+        return reference.paged_draft_attention(
+            q, k_cache, v_cache, block_table, context_lens, k_block, v_block, **options
+        )
+    _draft_attention(
+        flat(q.contiguous()), flat(k_cache), flat(v_cache), flat(k_block.contiguous()), flat(v_block.contiguous()),
+        flat(out), flat(block_table), flat(context_lens), q.shape[0], q.shape[1], block_table.stride(0),
+        *_layout(k_cache, q.shape[2]), options["scale"], options.get("sliding_window", 0),
+        int(options.get("causal", False)),
+    )  # fmt: skip
+    return out
