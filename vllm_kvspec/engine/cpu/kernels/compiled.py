@@ -13,8 +13,8 @@ import torch
 from llvmlite.binding import ffi
 from numba import types
 
-# vLLM's ``register_kernels``, which its CPU platform calls, reads ``vars(value).get("kernel")`` of every object of every
-# module. This one of numba's answers any name with a C function, ``__dict__`` too, unless its table knows the name.
+# vLLM's ``register_kernels``, which its CPU platform calls, reads ``vars(value).get("kernel")`` of every object of
+# every module. This one of numba's answers any name with a C function, ``__dict__`` too, unless its table knows it.
 getattr(ffi.lib, "_fntab", {})["__dict__"] = {}
 
 INT = types.int64
