@@ -66,6 +66,9 @@ def test_vllm_can_register_kernels_beside_numba():
     """Its CPU platform does so for every engine; the second one of a process finds numba loaded."""
     from vllm.platforms import current_platform
 
+    from vllm_kvspec.engine.hooks import patches
+
+    patches.rebind_kernels_beside_numba()
     current_platform.register_triton_kernel_overrides()
 
 

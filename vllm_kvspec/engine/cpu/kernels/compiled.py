@@ -10,12 +10,7 @@ import ctypes
 import numba
 import numpy as np
 import torch
-from llvmlite.binding import ffi
 from numba import types
-
-# vLLM's ``register_kernels``, which its CPU platform calls, reads ``vars(value).get("kernel")`` of every object of
-# every module. This one of numba's answers any name with a C function, ``__dict__`` too, unless its table knows it.
-getattr(ffi.lib, "_fntab", {})["__dict__"] = {}
 
 INT = types.int64
 I16 = types.int16[::1]
