@@ -23,7 +23,7 @@ setup(
     packages=[*find_packages(include=["vllm_kvspec*"]), "vllm_kvspec.kernels"],
     install_requires=[
         # The engine overrides classes of exactly this minor release; it refuses to start on another one.
-        "vllm>=0.32,<0.33",
+        "vllm>=0.32,<0.34",
         # vLLM pins these: a second pin here could only conflict.
         "torch",
         "transformers",
