@@ -12,6 +12,7 @@ from engine_runner import PLAIN_ENGINE, TARGET, generate, spec_counters
 from requests_mix import request
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from vllm_kvspec.engine.draft.head import KVSpecAttention
 from vllm_kvspec.models.create import write_untrained_head
 
 COMMON = {
@@ -71,8 +72,20 @@ def poison_null_block(llm) -> None:
             cache[0] = POISON
 
 
+@pytest.fixture
+def checked_positions(monkeypatch):
+    """Fails when the head's rows go beyond its rotary table: the kernels would read what lies behind it."""
+    forward = KVSpecAttention.forward
+
+    def checked(self, hidden, positions, *rest):
+        assert int(positions.max()) < len(self.rotary_emb.cos_sin_cache)
+        return forward(self, hidden, positions, *rest)
+
+    monkeypatch.setattr(KVSpecAttention, "forward", checked)
+
+
 @pytest.mark.parametrize("name", TARGETS)
-def test_identity(name, tmp_path, make_engine, script, same):
+def test_identity(name, tmp_path, make_engine, script, same, checked_positions):
     target = str(write_target(name, tmp_path / "target"))
     # The bundled head is a hybrid one; here the other context is served as well.
     context = "kv" if name.startswith("llama") else "hybrid"
