@@ -25,11 +25,21 @@ DEFAULT_NODES_PER_POSITION = 2
 # SpeculativeConfig's own keys. Every one is in exactly one of the two tables: vLLM acts on most of them in the
 # ``__post_init__`` that ours replaces, so a key in neither would be ignored without a word.
 HONOURED = frozenset(
-    """
-    code_revision draft_load_config draft_tensor_parallel_size method model num_speculative_tokens
-    num_speculative_tokens_per_batch_size rejection_sample_method revision synthetic_acceptance_length
-    synthetic_acceptance_rates target_model_config target_parallel_config
-    """.split()
+    (
+        "code_revision",
+        "draft_load_config",
+        "draft_tensor_parallel_size",
+        "method",
+        "model",
+        "num_speculative_tokens",
+        "num_speculative_tokens_per_batch_size",
+        "rejection_sample_method",
+        "revision",
+        "synthetic_acceptance_length",
+        "synthetic_acceptance_rates",
+        "target_model_config",
+        "target_parallel_config",
+    )
 )
 _OTHER_METHOD = "It is a setting of other methods."
 _TARGETS_OWN = "The head computes as the target does, whose own flag decides."

@@ -171,8 +171,8 @@ class KVSpecDraftModel(nn.Module):
         self.layers = nn.ModuleList(
             KVSpecLayer(config, max_position, f"{prefix}.layers.{i}") for i in range(config.num_hidden_layers)
         )
-        # Some tables (YaRN's, dynamic ones) have the model's own length whatever is asked for, and reading one beyond its
-        # end is not checked. Rows there are never accepted, so any position serves.
+        # Some tables (YaRN's, dynamic ones) have the model's own length whatever is asked for, and nothing checks reads
+        # beyond it. Rows there are never accepted, so any position serves.
         table = getattr(self.layers[0].self_attn.rotary_emb, "cos_sin_cache", None)
         self.last_position = len(table) - 1 if table is not None and len(table) < max_position else None
         self.norm = RMSNorm(hidden, eps=config.rms_norm_eps)
