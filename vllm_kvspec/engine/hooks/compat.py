@@ -120,7 +120,7 @@ def version_problem() -> str | None:
         return None
     return (
         f"vllm-kvspec supports vllm>={low[0]}.{low[1]},<{high[0]}.{high[1]}; found {vllm.__version__}. "
-        f"Install `vllm~={high[0]}.{high[1] - 1}.0` or a vllm-kvspec made for your version."
+        f"Install `vllm>={low[0]}.{low[1]},<{high[0]}.{high[1]}` or a vllm-kvspec made for your version."
     )
 
 
