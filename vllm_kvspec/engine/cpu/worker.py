@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """CPU workers: vLLM's own, with Model Runner V2 on compiled kernels, and with or without kvspec."""
 
-# Replaces torch.cuda streams and events; must come before anything below vllm.v1.worker.gpu.
-# isort: off
 import contextlib
 
+# Replaces torch.cuda streams and events; must come before anything below vllm.v1.worker.gpu.
+# isort: off
 import vllm.v1.worker.cpu.shm  # noqa: F401
 import vllm.v1.worker.cpu.model_runner as cpu_model_runner
 
