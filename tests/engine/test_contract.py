@@ -29,7 +29,7 @@ REPLACED = {
     "keys.KVSpecConfig.draft_shares_target_positions": "test_config.py::test_the_head_does_not_shorten_the_target",
     "patches.run_v2_without_triton": IDENTITY,
     "cpu.worker.without_triton": IDENTITY,
-    "cpu.kernels.install": "cpu_kernels/test_install.py::test_engine_steps",
+    "cpu.kernels.install": "cpu_kernels/test_install.py::test_every_kernel_is_replaced_or_left_out",
     "cpu.worker.KVSpecCPUWorker.init_device": "test_after_kvspec.py::test_plain_engine_between_two_of_kvspec",
     "verify.attention_registry.cpu_backend": "test_after_kvspec.py::test_plain_engine_between_two_of_kvspec",
     "verify.decode_graphs.cover_query_lengths": "test_budget.py::test_every_choice_has_a_cuda_graph",
