@@ -18,12 +18,12 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
-    # vLLM 0.32's own range.
+    # vLLM's own range, 0.32 and 0.33 alike.
     python_requires=">=3.11,<3.15",
     packages=[*find_packages(include=["vllm_kvspec*"]), "vllm_kvspec.kernels"],
     install_requires=[
-        # The engine overrides classes of exactly this minor release; it refuses to start on another one.
-        "vllm>=0.32,<0.33",
+        # The engine overrides classes of exactly these minor releases; it refuses to start on another one.
+        "vllm>=0.32,<0.34",
         # vLLM pins these: a second pin here could only conflict.
         "torch",
         "transformers",
@@ -43,6 +43,10 @@ setup(
     classifiers=[
         "Operating System :: POSIX :: Linux",
         "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Programming Language :: Python :: 3.14",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
 )

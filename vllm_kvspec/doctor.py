@@ -18,7 +18,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 PACKAGES = ("torch", "transformers", "triton")
-INSTALL_VLLM = "pip install vllm==0.32.0 (without a GPU: python tools/cpu/install.py in the source tree)"
+INSTALL_VLLM = "pip install 'vllm>=0.32,<0.34' (without a GPU: python tools/cpu/install.py in the source tree)"
 REINSTALL = "pip install vllm-kvspec in the environment that has vLLM"
 MARKS = {True: "[green]ok[/green]", False: "[red]FAILED[/red]", None: "[dim]left out[/dim]"}
 # The kernels use bf16 and asynchronous copies.

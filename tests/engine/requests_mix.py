@@ -73,6 +73,16 @@ def mixed_batch() -> list[dict]:
     return requests
 
 
+def grammar_batch() -> list[dict]:
+    """Several grammars in one batch, with a request before, between and after them that has none."""
+    regexes = (None, r"(yes|no|maybe)( and (yes|no|maybe)){4}", r"[0-9]{4}-[0-9]{2}-[0-9]{2}", None, r"(ab|cd|ef){8}")
+    requests = []
+    for i, regex in enumerate((*regexes, None)):
+        grammar = {"regex": regex, "ignore_eos": False} if regex else {}
+        requests.append(request(9 + 8 * i, 170 * i, temperature=0.8 * (i % 2), seed=i, max_tokens=14, **grammar))
+    return requests
+
+
 def edge_batch() -> list[dict]:
     """Up to the last position of the context, and prompts of exactly k blocks."""
     return [
@@ -88,10 +98,11 @@ BATCHES = {
     "greedy": greedy_batch,
     "sampled": sampled_batch,
     "mixed": mixed_batch,
+    "grammars": grammar_batch,
     "edge": edge_batch,
     "logprobs": logprobs_batch,
 }
 # The edge batch twice: the second time its prompts are cached whole.
-ALL = ("greedy", "sampled", "mixed", "edge", "edge", "logprobs")
+ALL = ("greedy", "sampled", "mixed", "grammars", "edge", "edge", "logprobs")
 # Without the batches whose sampling kernels the interpreter runs row by row.
 CORE = ("greedy", "sampled", "edge", "edge")

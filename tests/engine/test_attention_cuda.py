@@ -53,7 +53,8 @@ def backend(request, monkeypatch) -> SimpleNamespace:
     seen = SimpleNamespace(cls=request.param, stock_rows=0)
 
     def forward(self, layer, query, key, value, kv_cache, metadata, output, *_):
-        assert len(query) == len(key) == len(value) == len(output) == metadata.num_actual_tokens
+        assert len(query) == len(output) == metadata.num_actual_tokens
+        assert all(rows is None or len(rows) == len(query) for rows in (key, value))
         assert len(metadata.slot_mapping) == metadata.num_actual_tokens
         seen.stock_rows += len(query)
         return output.copy_(attention(query, kv_cache, metadata, NO_TREE, self.sliding_window[0] + 1))
@@ -82,7 +83,9 @@ def batch(query_lens: list[int]) -> CommonAttentionMetadata:
     )
 
 
-def run_layer(backend, state, query_lens: list[int], trees: list[int] = (), window: int | None = None) -> None:
+def run_layer(
+    backend, state, query_lens: list[int], trees: list[int] = (), window: int | None = None, cache_is_written=False
+) -> None:
     """One layer over a batch gives what the twin gives; ``trees`` is the batch's requests that are on a tree."""
     torch.manual_seed(0)
     for b in trees:
@@ -94,7 +97,8 @@ def run_layer(backend, state, query_lens: list[int], trees: list[int] = (), wind
     builder.tree_state = state
     impl = backend.cls.get_impl_cls()(HEADS, DIM, DIM**-0.5, KV_HEADS, None, window, "auto")
     rows = common.num_actual_tokens
-    query, key = torch.randn(rows, HEADS, DIM), torch.randn(rows, KV_HEADS, DIM)
+    query = torch.randn(rows, HEADS, DIM)
+    key = None if cache_is_written else torch.randn(rows, KV_HEADS, DIM)
     kv_cache = torch.randn(4 * len(query_lens), KV_HEADS, BLOCK, 2 * DIM)
     layer = SimpleNamespace(_q_scale=torch.ones(1), _k_scale=torch.ones(1), _v_scale=torch.ones(1))
     out = torch.full_like(query, float("nan"))
@@ -131,6 +135,13 @@ def test_rows(backend, state, query_lens, trees, stock_rows, window):
     state.num_draft_reqs = max(trees, default=-1) + 1
     run_layer(backend, state, query_lens, trees, window)
     assert backend.stock_rows == stock_rows
+
+
+def test_no_keys_where_a_fused_op_has_written_the_cache(backend, state):
+    """``supports_kv_cache_update_bypass`` (from 0.33 on), which our backends inherit."""
+    state.num_draft_reqs = 1
+    run_layer(backend, state, [4, 9], [0], cache_is_written=True)
+    assert backend.stock_rows == 9
 
 
 def test_chains_run_the_stock_kernel(backend, state):

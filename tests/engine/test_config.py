@@ -12,15 +12,37 @@ import torch
 from engine_runner import HEAD, TARGET
 from vllm.config import SpeculativeConfig
 from vllm.engine.arg_utils import EngineArgs
+from vllm.platforms import current_platform
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-from vllm_kvspec.engine.config.keys import KVSpecConfig
+from vllm_kvspec.engine.config.keys import HONOURED, REFUSED, KVSpecConfig, base_defaults
 from vllm_kvspec.engine.config.refusals import CPU_WORKER
 from vllm_kvspec.engine.config.selection import select_attention_backend
 from vllm_kvspec.models.create import write_untrained_head
 
 SYNTHETIC = {"rejection_sample_method": "synthetic"}
+SINCE_0_33 = {
+    "disable_lookahead_block_hashes",
+    "draft_lm_head_quantization",
+    "fly_entropy_threshold",
+    "fly_entropy_top_k",
+    "fly_window_size",
+    "xpress_topc",
+}
+# Values that are no defaults, where the default does not suggest one.
+OTHER_VALUES = {
+    "attention_backend": "FLASH_ATTN",
+    "draft_lm_head_quantization": "fp8",
+    "draft_model_config": {},
+    "draft_parallel_config": {},
+    "draft_sample_method": "probabilistic",
+    "enforce_eager": False,
+    "index_share_for_mtp_iteration": True,
+    "kv_cache_dtype": "fp8",
+    "moe_backend": "triton",
+    "quantization": "fp8",
+}
 
 
 def configure(spec: dict | None, **arguments):
@@ -110,7 +132,6 @@ def test_repr_is_one_line():
         ({"synthetic_acceptance_length": 2.0}, ["rejection_sample_method='synthetic'"]),
         ({**SYNTHETIC, "synthetic_acceptance_length": 9.5}, ["the tree's depth, 8", "at most 9", "found 9.5"]),
         ({**SYNTHETIC, "synthetic_acceptance_rates": [0.5] * 9}, ["must be 0 beyond the tree's depth, 8"]),
-        ({"draft_sample_method": "probabilistic"}, ["draft_sample_method", "probabilistic"]),
         ({"draft_tensor_parallel_size": 3}, ["draft_tensor_parallel_size must be 1", "found 3"]),
         ({"model": "/no/such/head"}, ["draft head", "/no/such/head"]),
         ({"model": None}, ["needs a draft head", "found none"]),
@@ -122,6 +143,83 @@ def test_refused_keys(keys, parts):
     message = refusal(kvspec(**keys))
     for part in parts:
         assert part in message
+
+
+def test_every_key_of_vllm_is_honoured_or_refused():
+    """Fails when vLLM adds a key: read what it does with it, and put it into one of the two tables."""
+    keys = set(base_defaults())
+    assert not HONOURED & set(REFUSED)
+    assert keys - HONOURED - set(REFUSED) == set()
+    assert (HONOURED | set(REFUSED)) - keys - SINCE_0_33 == set()
+
+
+@pytest.mark.parametrize("key", REFUSED)
+def test_refused_unless_default(key):
+    if key not in base_defaults():
+        pytest.skip("this vLLM does not have the key")
+    default = base_defaults()[key]
+    message = refusal(kvspec(**{key: OTHER_VALUES[key] if key in OTHER_VALUES else (default or 0) + 1}))
+    assert f"kvspec does not support {key!r}" in message
+    assert "Leave the key out" in message
+    assert configure(kvspec(**{key: default})).speculative_config.method == "kvspec"
+
+
+def test_a_key_that_a_later_vllm_adds_is_refused(monkeypatch):
+    defaults = base_defaults()
+    monkeypatch.setattr("vllm_kvspec.engine.config.keys.base_defaults", lambda: {**defaults, "tree_width": 7})
+    assert "does not support 'tree_width'" in refusal(kvspec())
+
+
+def test_load_config_of_the_head(monkeypatch):
+    """The head is loaded as ``draft_load_config`` says; without one get_model takes the target's."""
+    from vllm_kvspec.engine.draft import speculator
+
+    seen = []
+
+    def get_model(load_config, **_):
+        seen.append(load_config)
+        raise InterruptedError
+
+    monkeypatch.setattr(speculator, "get_model", get_model)
+    for keys in ({}, {"draft_load_config": {"load_format": "dummy"}}):
+        loading = object.__new__(speculator.KVSpecSpeculator)
+        loading.vllm_config = configure(kvspec(**keys))
+        loading.draft_model_config = loading.vllm_config.speculative_config.draft_model_config
+        with pytest.raises(InterruptedError):
+            loading.load_draft_model(None, set())
+    assert seen[0] is None
+    assert seen[1].load_format == "dummy"
+
+
+def test_the_head_does_not_shorten_the_target(tmp_path):
+    """0.33 lowers the target's length to the draft's own, unless the draft says that it works at all positions."""
+    rope = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 2.0, "original_max_position_embeddings": 256}
+    target = Path(shutil.copytree(TARGET, tmp_path / "target"))
+    for directory, length in ((target, 512), (copy_head(tmp_path), 64)):
+        config = json.loads((directory / "config.json").read_text())
+        config |= {"rope_parameters": rope, "max_position_embeddings": length}
+        if directory != target:
+            config["target"]["rope_parameters"] = rope
+        (directory / "config.json").write_text(json.dumps(config))
+    arguments = EngineArgs(
+        model=str(target), dtype="float32", max_model_len=256, speculative_config=kvspec(model=str(tmp_path / "head"))
+    )
+    assert arguments.create_engine_config().model_config.max_model_len == 256
+
+
+def test_scheduling_is_asynchronous(monkeypatch):
+    """What vLLM settles before the CPU platform turns it off."""
+    platform = type(current_platform)
+    original = platform.check_and_update_config.__func__
+    settled = []
+
+    def check_and_update_config(cls, vllm_config):
+        settled.append(vllm_config.scheduler_config.async_scheduling)
+        original(cls, vllm_config)
+
+    monkeypatch.setattr(platform, "check_and_update_config", classmethod(check_and_update_config))
+    configure(kvspec())
+    assert settled[0] is True
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from engine_runner import PLAIN_ENGINE, TARGET, generate, spec_counters
 from requests_mix import request
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from vllm_kvspec.engine.draft.head import KVSpecAttention
 from vllm_kvspec.models.create import write_untrained_head
 
 COMMON = {
@@ -35,32 +36,71 @@ TARGETS = {
         "sliding_window": 20,
         "layer_types": ["sliding_attention", "full_attention"] * 2,
     },
+    # Served to the last position of its rotary table, which cannot be made longer.
+    "llama-yarn": {
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "max_position_embeddings": 256,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    },
 }
+# In keys and values of the null block. Finite, since a masked row may still be multiplied by a weight of zero.
+POISON = 1e3
 
 
 def write_target(name: str, directory: Path) -> Path:
     torch.manual_seed(0)
-    config = AutoConfig.for_model(name.split("-")[0], **COMMON, **TARGETS[name])
+    config = AutoConfig.for_model(name.split("-")[0], **{**COMMON, **TARGETS[name]})
     AutoModelForCausalLM.from_config(config).save_pretrained(directory)
     for path in Path(TARGET).glob("tokenizer*"):
         shutil.copy(path, directory)
     return directory
 
 
+def poison_null_block(llm) -> None:
+    """Block 0 is nobody's. Block tables name it where a sliding window has passed (from 0.33 on in every step, in 0.32
+    after a prefix hit), and nothing may read it: neither verification, nor the compaction, nor the head."""
+    runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+    for layers in runner.cache_classes:
+        for cache in layers.kv_caches:
+            cache[0] = POISON
+
+
+@pytest.fixture
+def checked_positions(monkeypatch):
+    """Fails when the head's rows go beyond its rotary table: the kernels would read what lies behind it."""
+    forward = KVSpecAttention.forward
+
+    def checked(self, hidden, positions, *rest):
+        assert int(positions.max()) < len(self.rotary_emb.cos_sin_cache)
+        return forward(self, hidden, positions, *rest)
+
+    monkeypatch.setattr(KVSpecAttention, "forward", checked)
+
+
 @pytest.mark.parametrize("name", TARGETS)
-def test_identity(name, tmp_path, make_engine, script, same):
+def test_identity(name, tmp_path, make_engine, script, same, checked_positions):
     target = str(write_target(name, tmp_path / "target"))
     # The bundled head is a hybrid one; here the other context is served as well.
     context = "kv" if name.startswith("llama") else "hybrid"
     head = str(write_untrained_head(target, str(tmp_path / "head"), dtype=torch.float32, context=context))
-    batch = [request(n, 131 * n, temperature=t, seed=n) for n, t in ((3, 0.0), (18, 1.0), (45, 0.0), (70, 1.0))]
+    lengths = ((3, 0.0), (18, 1.0), (45, 0.0), (70, 1.0), (240, 1.0))
+    batch = [request(n, 131 * n % 5000, temperature=t, seed=n) for n, t in lengths]
     expected = script({"engine": {"model": target, **PLAIN_ENGINE}, "batches": [batch]})["outputs"]
     sequences = [one["prompt"] + samples[0]["token_ids"] for one, samples in zip(batch, expected[0], strict=True)]
     (tmp_path / "sequences.json").write_text(json.dumps(sequences))
     spec = {"method": "kvspec", "model": head, "num_speculative_tokens": 12}
     oracle = {"drafter": "oracle", "oracle_file": str(tmp_path / "sequences.json")}
     with make_engine({**spec, **oracle}, model=target) as llm:
+        poison_null_block(llm)
         same(generate(llm, [batch]), expected, "oracle")
         assert spec_counters(llm)["accepted_tokens"] > 0
     with make_engine(spec, model=target) as llm:
+        poison_null_block(llm)
         same(generate(llm, [batch]), expected, "head")

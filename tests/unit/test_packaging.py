@@ -49,7 +49,7 @@ def test_wheel_metadata(wheel):
 
     info = wheel.read("vllm_kvspec-0.1.0.dist-info/METADATA").decode()
     assert f"Version: {vllm_kvspec.__version__}\n" in info
-    assert "Requires-Dist: vllm<0.33,>=0.32" in info
+    assert "Requires-Dist: vllm<0.34,>=0.32" in info
 
 
 def test_installed_entry_points_load():

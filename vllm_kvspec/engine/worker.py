@@ -14,7 +14,7 @@ def kvspec_speculator():
     """Target: ``vllm.v1.worker.gpu.model_runner.init_speculator``, a module global, while our runner is built.
 
     Why: the runner builds its speculator through this closed if/else, which raises NotImplementedError for other
-    methods. Upstream: no registry in 0.32. Remove when there is one.
+    methods. Upstream: no registry in 0.33. Remove when there is one.
     """
     from vllm.v1.worker.gpu import model_runner
 
@@ -36,6 +36,11 @@ def require_v2(vllm_config) -> None:
         )
 
 
+def without_expert_load(model_runner):
+    """While steps are timed. From 0.33 on vLLM's own warm-up counts no expert load; in 0.32 it does, and so do we."""
+    return getattr(model_runner.eplb, "suppress", contextlib.nullcontext)()
+
+
 class KVSpecWorker(Worker):
     """``--worker-cls`` is set to this by the speculative config."""
 
@@ -48,7 +53,8 @@ class KVSpecWorker(Worker):
         times = super().compile_or_warm_up_model()
         config = self.vllm_config.speculative_config
         if config.budget == "auto" and not config.budget_costs:
-            self.model_runner.measure_step_costs()
+            with without_expert_load(self.model_runner):
+                self.model_runner.measure_step_costs()
         return times
 
     def _make_model_runner(self):

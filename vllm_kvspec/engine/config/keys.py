@@ -2,7 +2,7 @@
 """The keys of the user's ``--speculative-config`` for kvspec, with their defaults and checks."""
 
 from collections import Counter
-from dataclasses import field
+from dataclasses import field, fields
 from typing import Any, Literal
 
 from vllm.config import ModelConfig, SpeculativeConfig
@@ -21,6 +21,71 @@ logger = init_logger("vllm.kvspec.config")
 TREE_BEAM = 8
 # Default of num_speculative_tokens, as the head's speculators keys say it.
 DEFAULT_NODES_PER_POSITION = 2
+
+# SpeculativeConfig's own keys. Every one is in exactly one of the two tables: vLLM acts on most of them in the
+# ``__post_init__`` that ours replaces, so a key in neither would be ignored without a word.
+HONOURED = frozenset(
+    (
+        "code_revision",
+        "draft_load_config",
+        "draft_tensor_parallel_size",
+        "method",
+        "model",
+        "num_speculative_tokens",
+        "num_speculative_tokens_per_batch_size",
+        "rejection_sample_method",
+        "revision",
+        "synthetic_acceptance_length",
+        "synthetic_acceptance_rates",
+        "target_model_config",
+        "target_parallel_config",
+    )
+)
+_OTHER_METHOD = "It is a setting of other methods."
+_TARGETS_OWN = "The head computes as the target does, whose own flag decides."
+_TARGETS_CACHE = "The head reads the target's KV cache as it lies there and has none of its own."
+_SAME_TOKEN = (
+    "Verification samples the target's own token at every tree node and accepts equal tokens only, with no draft "
+    "probabilities."
+)
+# Key -> why nothing but its default is accepted.
+REFUSED = {
+    "attention_backend": _TARGETS_CACHE,
+    "disable_eagle_block_drop": _OTHER_METHOD,
+    "disable_lookahead_block_hashes": _OTHER_METHOD,  # from 0.33 on
+    "disable_padded_drafter_batch": _OTHER_METHOD,
+    "draft_lm_head_quantization": "The head's logits come from the target's LM head itself.",  # from 0.33 on
+    "draft_model_config": "It is made from the other keys.",
+    "draft_parallel_config": "It is made from the other keys.",
+    "draft_sample_method": _SAME_TOKEN,
+    "dspark_draft_topk": _OTHER_METHOD,
+    "enable_adaptive_verification": 'The number of nodes follows the load by kvspec\'s own key "budget".',
+    "enforce_eager": _TARGETS_OWN,
+    "fly_entropy_threshold": _SAME_TOKEN,  # from 0.33 on
+    "fly_entropy_top_k": _SAME_TOKEN,  # from 0.33 on
+    "fly_window_size": _SAME_TOKEN,  # from 0.33 on
+    "index_share_for_mtp_iteration": _OTHER_METHOD,
+    "kv_cache_dtype": _TARGETS_CACHE,
+    "max_model_len": "The head drafts wherever the target decodes.",
+    "moe_backend": "A head has no experts.",
+    "parallel_drafting": _OTHER_METHOD,
+    "prompt_lookup_max": _OTHER_METHOD,
+    "prompt_lookup_min": _OTHER_METHOD,
+    "quantization": "A head's weights are served as they are in its checkpoint.",
+    "suffix_decoding_max_cached_requests": _OTHER_METHOD,
+    "suffix_decoding_max_spec_factor": _OTHER_METHOD,
+    "suffix_decoding_max_tree_depth": _OTHER_METHOD,
+    "suffix_decoding_min_token_prob": _OTHER_METHOD,
+    "tensor_parallel_size": "It is spelled draft_tensor_parallel_size.",
+    "use_heterogeneous_vocab": "The head's vocabulary is the target's or a part of it.",
+    "use_local_argmax_reduction": _SAME_TOKEN,
+    "xpress_topc": _OTHER_METHOD,  # from 0.33 on
+}
+
+
+def base_defaults() -> dict[str, Any]:
+    """The fields of vLLM's SpeculativeConfig with their defaults (pydantic wraps some in a FieldInfo)."""
+    return {f.name: getattr(f.default, "default", f.default) for f in fields(SpeculativeConfig)}
 
 
 @config
@@ -51,7 +116,6 @@ class KVSpecConfig(SpeculativeConfig):
         """Replaces the base class's: no method detection by substrings of the path. Raises ValueError."""
         target = self.target_model_config
         self._refuse_options()
-        self.prompt_lookup_max = self.prompt_lookup_min = 0
         head = load_head_config(self.model, self.revision)
         check_servable(head)
         self._resolve_tree(head)
@@ -67,7 +131,6 @@ class KVSpecConfig(SpeculativeConfig):
             revision=self.revision,
             code_revision=self.code_revision,
             tokenizer_revision=target.tokenizer_revision,
-            max_model_len=self.max_model_len,
             spec_target_max_model_len=target.max_model_len,
             enforce_eager=target.enforce_eager,
             max_logprobs=target.max_logprobs,
@@ -85,25 +148,19 @@ class KVSpecConfig(SpeculativeConfig):
         )
 
     def _refuse_options(self) -> None:
-        """SpeculativeConfig's own keys that do not go with sample-and-walk verification."""
-        refusals = {
-            "rejection_sample_method": self.rejection_sample_method not in ("standard", "synthetic"),
-            "draft_sample_method": self.draft_sample_method != "greedy",
-            "enable_adaptive_verification": self.enable_adaptive_verification,
-            "parallel_drafting": self.parallel_drafting,
-            "use_heterogeneous_vocab": self.use_heterogeneous_vocab,
-            "use_local_argmax_reduction": self.use_local_argmax_reduction,
-            "quantization": self.quantization is not None,
-            "attention_backend": self.attention_backend is not None,
-            "kv_cache_dtype": self.kv_cache_dtype is not None,
+        """SpeculativeConfig's own keys that kvspec does not act on. One that vLLM has added counts among them."""
+        refused = {
+            key: REFUSED.get(key, "It is newer than this kvspec.")
+            for key, default in base_defaults().items()
+            if key not in HONOURED and getattr(self, key) != default
         }
-        for key, set_by_user in refusals.items():
-            if set_by_user:
-                raise ValueError(
-                    f"kvspec does not support {key!r} in the speculative config; found {getattr(self, key)!r}. "
-                    "Verification samples the target's own token at every tree node and accepts equal tokens only, "
-                    "with no draft probabilities. Leave the key out."
-                )
+        if self.rejection_sample_method not in ("standard", "synthetic"):
+            refused["rejection_sample_method"] = _SAME_TOKEN
+        for key, why in refused.items():
+            raise ValueError(
+                f"kvspec does not support {key!r} in the speculative config; found {getattr(self, key)!r}. {why} "
+                "Leave the key out."
+            )
         if self.tree_width < 1:
             raise ValueError(f"kvspec's tree_width must be at least 1; found {self.tree_width}.")
         if self.drafter == "oracle" and not self.oracle_file:
@@ -163,6 +220,11 @@ class KVSpecConfig(SpeculativeConfig):
             "kvspec forces acceptance (rejection_sample_method synthetic): for benchmarks only, the text is NOT the "
             "target's."
         )
+
+    def draft_shares_target_positions(self) -> bool:
+        """Whether the head works at every position of the target; asked from 0.33 on, where another draft's own limit
+        lowers the target's. The head's rotary cache is sized by the target's ``max_model_len``."""
+        return True
 
     @property
     def budget_sizes(self) -> list[int]:

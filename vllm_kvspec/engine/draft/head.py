@@ -110,7 +110,10 @@ class KVSpecAttention(nn.Module):
 
 
 def one_kernel_norms():
-    """The head is not compiled, and for what is not, vLLM's default on CUDA is a norm of eight small torch kernels."""
+    """The head is not compiled, and for what is not, vLLM's default on CUDA is a norm of eight small torch kernels.
+
+    In 0.34 the op is gone: look at what its RMSNorm then runs before the bound in ``hooks/compat.py`` is raised.
+    """
     if current_platform.is_cuda():
         return ir.ops.rms_norm.set_priority(["vllm_c", "native"])
     return contextlib.nullcontext()
@@ -168,6 +171,10 @@ class KVSpecDraftModel(nn.Module):
         self.layers = nn.ModuleList(
             KVSpecLayer(config, max_position, f"{prefix}.layers.{i}") for i in range(config.num_hidden_layers)
         )
+        # Some tables (YaRN's, dynamic ones) have the model's own length whatever is asked for, and nothing checks reads
+        # beyond it. Rows there are never accepted, so any position serves.
+        table = getattr(self.layers[0].self_attn.rotary_emb, "cos_sin_cache", None)
+        self.last_position = len(table) - 1 if table is not None and len(table) < max_position else None
         self.norm = RMSNorm(hidden, eps=config.rms_norm_eps)
         if config.transition_rank:
             self.transition_in = nn.Embedding(config.vocab_size, config.transition_rank)
@@ -222,6 +229,8 @@ class KVSpecDraftModel(nn.Module):
         block, or with autoregressive drafting the rows up to themselves.
         """
         positions = (base.long()[:, None] + torch.arange(rows.shape[1], device=base.device)).flatten()
+        if self.last_position is not None:
+            positions = positions.clamp(max=self.last_position)
         hidden = rows.flatten(0, 1)
         with one_kernel_norms():
             for layer, target in zip(self.layers, context, strict=True):

@@ -50,8 +50,15 @@ class KVSpecSpeculator(DraftModelSpeculator):
         return DraftRows(*columns, torch.zeros(size, dtype=self.dtype, device=self.device))
 
     def load_draft_model(self, target_model: nn.Module, target_attn_layer_names: set[str]) -> nn.Module:
-        head = get_model(vllm_config=self.vllm_config, model_config=self.draft_model_config, prefix="draft")
-        self.drafter = Drafter(self.vllm_config.speculative_config, head, target_model)
+        config = self.vllm_config.speculative_config
+        head = get_model(
+            vllm_config=self.vllm_config,
+            model_config=self.draft_model_config,
+            prefix="draft",
+            # Without one: the target's.
+            load_config=config.draft_load_config,
+        )
+        self.drafter = Drafter(config, head, target_model)
         # Until there are KV caches: what the pass that measures memory reads.
         attention = head.layers[0].self_attn
         layers = empty_layers(len(head.layers), attention.num_kv_heads, attention.head_dim, self.dtype, self.device)

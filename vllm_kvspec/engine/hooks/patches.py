@@ -10,6 +10,8 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any, Literal, get_args
 
+from vllm_kvspec.engine.hooks import compat
+
 METHOD = "kvspec"
 CPU_WORKERS = "vllm_kvspec.engine.cpu.worker."
 
@@ -18,7 +20,7 @@ def _wrap_create_speculative_config(build: Callable[..., Any]) -> None:
     """Target: ``EngineArgs.create_speculative_config`` (vllm/engine/arg_utils.py).
 
     Why: ``SpeculativeConfig.method`` is a closed Literal and the dataclass forbids extra keys; this function is the
-    only place that builds it from the user's flags. Upstream: no registry of speculative methods in 0.32. Remove when
+    only place that builds it from the user's flags. Upstream: no registry of speculative methods in 0.33. Remove when
     vLLM lets a plugin register one.
     """
     from vllm.engine.arg_utils import EngineArgs
@@ -81,12 +83,14 @@ def offer_spec_method() -> None:
 
 
 def allow_async_scheduling() -> None:
-    """Target: ``vllm.config.vllm.EagleModelTypes``, the module global only.
+    """0.32 only. Target: ``vllm.config.vllm.EagleModelTypes``, the module global only.
 
     Why: VllmConfig turns asynchronous scheduling off for methods outside this Literal. Our drafts stay on the device
     and are fixed in number, which is all that asynchronous scheduling needs. Upstream: 0.33 applies the list to the V1
     runner only. Remove when 0.32 is no longer supported.
     """
+    if compat.installed_minor() >= (0, 33):
+        return
     import vllm.config.vllm as vllm_config_module
 
     types = getattr(vllm_config_module, "EagleModelTypes", None)

@@ -110,8 +110,8 @@ class TreeAttention:
         self,
         layer: torch.nn.Module,
         query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
+        key: torch.Tensor | None,
+        value: torch.Tensor | None,
         kv_cache: torch.Tensor,
         attn_metadata: Any,
         output: torch.Tensor,
@@ -131,7 +131,9 @@ class TreeAttention:
         attend(self, query, k_cache, v_cache, attn_metadata, self.sliding_window[0] + 1, output, *scales)
         if attn_metadata.rest is not None:
             rest = slice(attn_metadata.num_actual_tokens, None)
-            super().forward(layer, query[rest], key[rest], value[rest], kv_cache, attn_metadata.rest, output[rest])
+            # From 0.33 on there are none where a fused op has written the cache (supports_kv_cache_update_bypass).
+            key, value = (None if rows is None else rows[rest] for rows in (key, value))
+            super().forward(layer, query[rest], key, value, kv_cache, attn_metadata.rest, output[rest])
         return output
 
 
