@@ -8,11 +8,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-# Without a GPU every Triton kernel runs in Triton's interpreter.
 ifeq ($(GPU),)
 # The last version that has a CPU build.
 VLLM := 0.32.0
-export TRITON_INTERPRET ?= 1
 BENCH_ARGS ?= --device cpu --small
 # Two processes, whole files each. On a GPU one: every engine would claim its memory.
 TEST_JOBS ?= -n 2 --dist loadfile

