@@ -122,22 +122,18 @@ def test_asynchronous_scheduling(spec, script, costs_file, reference, same):
 
 
 def test_steps_are_timed_and_the_scheduler_gets_the_table(make_engine, spec, tmp_path, monkeypatch, same, reference):
-    """On this CPU by request; on a GPU every engine does so at start. Serving goes on as if nothing had happened."""
+    """At start, before the first request. Serving goes on as if nothing had happened."""
     for name, value in {"BATCHES": (1, 3), "TIMED_STEPS": 1, "LONG_CONTEXT": 64, "LONG_CONTEXT_BATCH": 1}.items():
         monkeypatch.setattr(step_costs, name, value)
-    table = {key: {n: column[n] for n in ("0", "4")} for key, column in COSTS.items()}
-    (tmp_path / "costs.json").write_text(json.dumps(table))
-    with make_engine(spec(4, budget_costs=str(tmp_path / "costs.json"))) as llm:
+    with make_engine(spec(4, budget="auto")) as llm:
         runner = core(llm).model_executor.driver_worker.worker.model_runner
-        scheduler = core(llm).scheduler
-        scheduler.budget.costs = given = MeasuredCosts(**table)
-        runner.measure_step_costs()
         assert runner.req_states.req_id_to_index == {}
+        guessed = core(llm).scheduler.budget.costs
         found = generate(llm, [BATCHES["greedy"]()])
-        measured = scheduler.budget.costs
+        measured = core(llm).scheduler.budget.costs
     same(found, [reference["greedy"]])
-    assert measured is not given
-    assert measured.nodes == [0, 4]
+    assert isinstance(guessed, Roofline)
+    assert measured.nodes == [0, 2, 4]
     for nodes in measured.nodes:
         one, three = (measured.step_seconds(batch, 0, nodes) for batch in (1, 3))
         assert 0 < one <= three < 60
@@ -149,9 +145,9 @@ def configured(spec: dict, **arguments):
     ).create_engine_config()
 
 
-def test_fixed_where_nothing_is_known_and_where_the_user_said_so(spec, costs_file):
+def test_fixed_where_the_user_said_so(spec, costs_file):
     schedule = [(1, 3, 8), (4, 8, 5)]
-    for keys in ({}, {"budget": "fixed"}, {"num_speculative_tokens_per_batch_size": schedule}):
+    for keys in ({"budget": "fixed"}, {"num_speculative_tokens_per_batch_size": schedule}):
         config = configured(spec(8, **keys))
         assert config.speculative_config.budget == "fixed"
         assert config.scheduler_config.scheduler_cls is None
@@ -163,25 +159,38 @@ def test_fixed_where_nothing_is_known_and_where_the_user_said_so(spec, costs_fil
     assert config.scheduler_config.scheduler_cls == selection.SCHEDULER
 
 
-def test_on_a_gpu_it_is_the_default(monkeypatch):
-    """Without a GPU here: the function that settles it, told that this is none of the CPU's."""
-    monkeypatch.setattr(selection, "current_platform", SimpleNamespace(is_cpu=lambda: False))
-    config = SimpleNamespace(
-        budget="auto",
-        budget_costs=None,
-        num_speculative_tokens=16,
-        num_speculative_tokens_per_batch_size=None,
-        draft_model_config=SimpleNamespace(hf_config=SimpleNamespace()),
-    )
-    arguments = SimpleNamespace(scheduler_cls=None, max_num_seqs=None)
-    selection.select_budget(arguments, config, SimpleNamespace(data_parallel_size=1))
-    assert config.budget == "auto"
-    assert {nodes for _, _, nodes in config.num_speculative_tokens_per_batch_size} == set(budget_sizes(16))
-    assert arguments.scheduler_cls == selection.SCHEDULER
+def test_it_is_the_default(spec):
+    keys = {key: value for key, value in spec(16).items() if key != "budget"}
+    config = configured(keys)
+    assert config.speculative_config.budget == "auto"
+    assert config.speculative_config.budget_sizes == sorted(budget_sizes(16))
+    assert config.scheduler_config.scheduler_cls == selection.SCHEDULER
     parallel = SimpleNamespace(data_parallel_size=2)
-    config.num_speculative_tokens_per_batch_size = None
-    selection.select_budget(arguments, config, parallel)
-    assert config.budget == "fixed"
+    config.speculative_config.num_speculative_tokens_per_batch_size = None
+    selection.select_budget(EngineArgs(model=TARGET), config.speculative_config, parallel)
+    assert config.speculative_config.budget == "fixed"
+
+
+class MadeUpTimer:
+    """Steps of 40 ms a request; one call in a busy moment takes three times as long."""
+
+    def __init__(self, busy_call: int, max_batch: int = 256):
+        self.calls, self.busy_call, self.max_batch = 0, busy_call, max_batch
+
+    def fits(self, batch: int, context: int, nodes: int) -> bool:
+        return batch <= self.max_batch and context == step_costs.SHORT_CONTEXT
+
+    def seconds(self, batch: int, context: int, nodes: int) -> float:
+        self.calls += 1
+        return 0.04 * batch * (3 if self.calls == self.busy_call else 1)
+
+
+@pytest.mark.parametrize("busy_call", [1, 2, 3, 9])
+def test_slow_steps_and_busy_moments(busy_call):
+    table = step_costs.measure_step_costs(MadeUpTimer(busy_call), [0, 8])
+    # 160 ms at batch 4 is too long to time a larger one; a busy moment of one round may end that round earlier.
+    assert table["steps"] == {nodes: [(batch, pytest.approx(0.04 * batch)) for batch in (1, 2, 4)] for nodes in (0, 8)}
+    assert step_costs.measure_step_costs(MadeUpTimer(0, max_batch=1), [0])["steps"] == {0: [(1, 0.04)]}
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from vllm_kvspec.models.draft_head import KVSpecDraftModel
 from vllm_kvspec.models.drafting import draft_candidates
 from vllm_kvspec.models.target import view_target
+from vllm_kvspec.tree import plan_levels
 
 # fp32, other kernels on both sides.
 TOLERANCE = 2e-3
@@ -25,10 +26,12 @@ def drafts(monkeypatch) -> list[tuple[int, torch.Tensor, torch.Tensor]]:
     seen = []
     original = Drafter.trees
 
-    def trees(self, rows, with_chains):
-        candidates = self.expansion(rows)(levels=self.levels)
+    def trees(self, rows, *args):
+        # All of the beam's levels; a tree of few nodes expands fewer.
+        levels = plan_levels(self.head.config.draft_block_size, self.beam, self.width)
+        candidates = self.expansion(rows)(levels=levels)
         seen.append((int(rows.base[0]), candidates.score[0].clone(), candidates.token[0].clone()))
-        return original(self, rows, with_chains)
+        return original(self, rows, *args)
 
     monkeypatch.setattr(Drafter, "trees", trees)
     return seen

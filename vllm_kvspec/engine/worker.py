@@ -41,13 +41,8 @@ def without_expert_load(model_runner):
     return getattr(model_runner.eplb, "suppress", contextlib.nullcontext)()
 
 
-class KVSpecWorker(Worker):
-    """``--worker-cls`` is set to this by the speculative config."""
-
-    def __init__(self, vllm_config, *args, **kwargs):
-        require_v2(vllm_config)
-        register_cuda_backend(vllm_config.speculative_config.stock_attention)
-        super().__init__(vllm_config, *args, **kwargs)
+class TimesSteps:
+    """Put before vLLM's worker in the bases: once it is warm, its steps are timed for ``budget: "auto"``."""
 
     def compile_or_warm_up_model(self):
         times = super().compile_or_warm_up_model()
@@ -56,6 +51,15 @@ class KVSpecWorker(Worker):
             with without_expert_load(self.model_runner):
                 self.model_runner.measure_step_costs()
         return times
+
+
+class KVSpecWorker(TimesSteps, Worker):
+    """``--worker-cls`` is set to this by the speculative config."""
+
+    def __init__(self, vllm_config, *args, **kwargs):
+        require_v2(vllm_config)
+        register_cuda_backend(vllm_config.speculative_config.stock_attention)
+        super().__init__(vllm_config, *args, **kwargs)
 
     def _make_model_runner(self):
         from vllm.v1.worker.gpu.model_runner import GPUModelRunner

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from vllm import SamplingParams
 from vllm.logger import init_logger
+from vllm.platforms import current_platform
 from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
 
 logger = init_logger("vllm.kvspec.budget")
@@ -21,8 +22,13 @@ BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 # Beyond this many rows every device is bound by compute, so the table goes on as a straight line.
 MAX_ROWS = 1024
 SHORT_CONTEXT, LONG_CONTEXT = 16, 4096
-LONG_CONTEXT_BATCH = 8
+# On a GPU one request's context hides behind the weights.
+LONG_CONTEXT_BATCH = 1 if current_platform.is_cpu() else 8
 WARM_UP_STEPS, TIMED_STEPS = 1, 3
+# The whole table is timed this often, and the shortest times count: a busy moment of the machine hits only one.
+ROUNDS = 2
+# After a step that took longer no larger batch is timed, so that a slow device starts in seconds.
+SLOW_STEP_SECONDS = 0.15
 
 
 class StepTimer:
@@ -121,21 +127,33 @@ def measure_step_costs(timer: StepTimer, sizes: Sequence[int]) -> dict[str, dict
     """
     if not all(timer.fits(1, SHORT_CONTEXT, nodes) for nodes in sizes):
         return None
-    steps = {
-        nodes: [
-            (batch, timer.seconds(batch, SHORT_CONTEXT, nodes))
-            for batch in BATCHES
-            if timer.fits(batch, SHORT_CONTEXT, nodes)
-        ]
-        for nodes in sizes
-    }
+    rounds = [{nodes: _times_by_batch(timer, nodes) for nodes in sizes} for _ in range(ROUNDS)]
+    steps = {nodes: sorted(_shortest([times[nodes] for times in rounds]).items()) for nodes in sizes}
     batch, context = _longest(timer, max(sizes))
     context_seconds = dict.fromkeys(sizes, 0.0)
     if context > SHORT_CONTEXT:
         for nodes in sizes:
-            longer = timer.seconds(batch, context, nodes) - timer.seconds(batch, SHORT_CONTEXT, nodes)
-            context_seconds[nodes] = max(0.0, longer / (batch * (context - SHORT_CONTEXT)))
+            long, short = (
+                min(timer.seconds(batch, length, nodes) for _ in range(ROUNDS)) for length in (context, SHORT_CONTEXT)
+            )
+            context_seconds[nodes] = max(0.0, (long - short) / (batch * (context - SHORT_CONTEXT)))
     return {"steps": steps, "context": context_seconds}
+
+
+def _times_by_batch(timer: StepTimer, nodes: int) -> dict[int, float]:
+    """Two batches at least, where two fit: the table goes on as a line through the last two."""
+    times: dict[int, float] = {}
+    for batch in BATCHES:
+        is_slow = len(times) > 1 and max(times.values()) > SLOW_STEP_SECONDS
+        if is_slow or not timer.fits(batch, SHORT_CONTEXT, nodes):
+            break
+        times[batch] = timer.seconds(batch, SHORT_CONTEXT, nodes)
+    return times
+
+
+def _shortest(rounds: Sequence[dict[int, float]]) -> dict[int, float]:
+    """By batch, over the rounds that have it."""
+    return {batch: min(times[batch] for times in rounds if batch in times) for times in rounds for batch in times}
 
 
 def _longest(timer: StepTimer, nodes: int) -> tuple[int, int]:

@@ -76,10 +76,6 @@ def select_budget(engine_args: Any, config: KVSpecConfig, parallel: ParallelConf
         logger.info("kvspec: budget is fixed, because data-parallel ranks must verify equally many nodes")
         config.budget = "fixed"
         return
-    if current_platform.is_cpu() and not config.budget_costs:
-        logger.info("kvspec: budget is fixed, because nothing is known about this CPU's step costs")
-        config.budget = "fixed"
-        return
     if engine_args.scheduler_cls not in (None, SCHEDULER):
         raise ValueError(
             f'kvspec\'s budget "auto" needs its own scheduler; found --scheduler-cls {engine_args.scheduler_cls}. '

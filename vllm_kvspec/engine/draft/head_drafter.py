@@ -37,11 +37,9 @@ class Drafter:
         self.num_nodes = config.num_speculative_tokens
         self.parents = config.parents
         device = head.norm.weight.device
-        # No node of a tree can be deeper than the tree has nodes.
-        depth = min(head.config.draft_block_size, self.num_nodes)
         # A chain is the tree of one child per node.
-        beam, width = (1, 1) if config.tree == "chain" else (TREE_BEAM, config.tree_width)
-        self.levels, self.chain_levels = plan_levels(depth, beam, width, self.num_nodes), plan_levels(depth, 1, 1)
+        self.beam, self.width = (1, 1) if config.tree == "chain" else (TREE_BEAM, config.tree_width)
+        self.levels = self.plan(self.num_nodes)
         if self.parents:
             self.levels, self.fixed_nodes = fixed_levels(self.parents, device)
             shape = ([0, *self.parents], depths(self.parents))
@@ -54,30 +52,41 @@ class Drafter:
         """``context``: one target layer per head layer. ``block_tables``: int32 [Rmax, M] per KV cache group."""
         self.context, self.block_tables = context, block_tables
 
-    def trees(self, rows: DraftRows, with_chains: bool) -> Trees:
+    def plan(self, num_nodes: int) -> list[Level]:
+        """Levels of a tree of ``num_nodes`` nodes; none of them can be deeper than the tree has nodes."""
+        return plan_levels(min(self.head.config.draft_block_size, num_nodes), self.beam, self.width, num_nodes)
+
+    def trees(self, rows: DraftRows, with_chains: bool, num_nodes: int | None = None) -> Trees:
         """Trees of B = ``len(rows.base)`` requests. ``with_chains``: some of them must get a chain.
 
         Only a tree of fixed shape asks for ``with_chains``: then chains are drafted as well. The other trees take them
-        from ``rows.chain``.
+        from ``rows.chain``. ``num_nodes``: how many the next step will verify at most, if it is known to be fewer than
+        all; the nodes beyond them are unused.
         """
-        expand = self.expansion(rows)
         if self.parents is None:
-            return ops.tree_build(*expand(levels=self.levels, chain=rows.chain), self.num_nodes)
+            levels = self.plan(num_nodes or self.num_nodes)
+            return self._build(self.expansion(rows, len(levels))(levels=levels, chain=rows.chain))
+        expand = self.expansion(rows)
         batch = len(rows.base)
         tokens = expand(levels=self.levels).token[:, self.fixed_nodes]
         fixed = (tokens, *(t.expand(batch, -1) for t in (self.fixed_parent, self.fixed_depth, self.fixed_mask)))
         if not with_chains:
             return fixed
-        score, token, parent = expand(levels=self.chain_levels)
-        # Positions beyond the block carry no scores: -inf candidates continue the chain.
-        missing = max(0, self.num_nodes - score.shape[1])
-        padded = (pad(score, (0, missing), value=float("-inf")), pad(token, (0, missing)), pad(parent, (0, missing)))
-        chains = ops.tree_build(*padded, self.num_nodes)
+        chain_levels = plan_levels(min(self.head.config.draft_block_size, self.num_nodes), 1, 1)
+        chains = self._build(expand(levels=chain_levels))
         is_chain = rows.chain[:, None] != 0
         return tuple(torch.where(is_chain, chain, other) for chain, other in zip(chains, fixed, strict=True))
 
-    def expansion(self, rows: DraftRows) -> Expand:
-        """Candidates of the rows' trees as a function of levels and chains."""
+    def _build(self, candidates: Candidates) -> Trees:
+        """Trees of ``self.num_nodes`` nodes. Where there are fewer candidates, -inf continues as a chain."""
+        score, token, parent = candidates
+        if missing := max(0, self.num_nodes - score.shape[1]):
+            score = pad(score, (0, missing), value=float("-inf"))
+            token, parent = pad(token, (0, missing)), pad(parent, (0, missing))
+        return ops.tree_build(score, token, parent, self.num_nodes)
+
+    def expansion(self, rows: DraftRows, depth: int | None = None) -> Expand:
+        """Candidates of the rows' trees as a function of levels, ``depth`` of them at most, and chains."""
         options = dict(
             base=rows.base,
             idx_mapping=torch.arange(len(rows.base), device=rows.base.device),
@@ -90,7 +99,7 @@ class Drafter:
         if self.head.config.drafting == "autoregressive":
             return partial(self._path_candidates, rows, **options)
         inputs = self.head.block_rows(self.target_model.embed_input_ids(rows.anchor), rows.state)
-        hidden = self.head(inputs, rows.base, self.context, self.block_tables)
+        hidden = self.head(inputs, rows.base, self.context, self.block_tables)[:, :depth]
         logits = self.logits(hidden.flatten(0, 1)).view(*hidden.shape[:2], -1)
         return partial(ops.tree_candidates, logits, rows.anchor, *self.head.transition, **options)
 

@@ -98,10 +98,10 @@ class KVSpecSpeculator(DraftModelSpeculator):
         self.graphs.capture_batches(self.draft)
 
     @torch.inference_mode()
-    def draft(self, num_rows: int, with_chains: bool = False) -> None:
-        """Trees for the first ``num_rows`` of ``rows``, into ``draft_tokens`` and ``state``."""
+    def draft(self, num_rows: int, with_chains: bool = False, num_nodes: int | None = None) -> None:
+        """Trees for the first ``num_rows`` of ``rows``, into ``draft_tokens`` and ``state``; see ``Drafter.trees``."""
         rows = self.rows.first(num_rows)
-        tokens, *shape = self.drafter.trees(rows, with_chains)
+        tokens, *shape = self.drafter.trees(rows, with_chains, num_nodes)
         self.draft_tokens[:num_rows] = tokens
         self.state.store(rows.request, *shape)
 
@@ -156,7 +156,7 @@ class KVSpecSpeculator(DraftModelSpeculator):
         if how.cg_mode == CUDAGraphMode.FULL:
             self.graphs.run_fullgraph(how)
         else:
-            self.draft(how.num_reqs, with_chains)
+            self.draft(how.num_reqs, with_chains, num_speculative_tokens)
         return self.draft_tokens[:num_reqs]
 
     def _dispatch(self, num_reqs: int, eager: bool) -> BatchExecutionDescriptor:
