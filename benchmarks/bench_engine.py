@@ -2,6 +2,7 @@
 """Time whole engine steps of vLLM with kvspec, without speculation, and with vLLM's own EAGLE-3 and DFlash.
 
     python benchmarks/bench_engine.py                        # Qwen3-8B's geometry in bf16 on a GPU, random weights
+    python benchmarks/bench_engine.py --device cpu           # SmolLM2-135M's geometry in fp32
     python benchmarks/bench_engine.py --device cpu --small   # a tiny geometry in fp32; says nothing about speed
 
 Heads are untrained, so acceptance is forced: every method accepts depth by depth with the same rates. What differs is
@@ -23,7 +24,9 @@ import torch
 from dummy_models import TARGETS, write_models
 
 HERE = Path(__file__).parent
-METHODS = ("none", "kvspec-tree", "kvspec-chain", "kvspec-auto", "eagle3", "dflash")
+# "native" is what vLLM serves with on CPU, Model Runner V1; "none" is Model Runner V2, on which kvspec runs.
+METHODS = ("native", "none", "kvspec-tree", "kvspec-chain", "kvspec-auto", "eagle3", "dflash")
+ON_GPU, ON_CPU = METHODS[1:], ("native", "none", "kvspec-tree", "kvspec-auto")
 # A difference in log-probability below this is a near-tie; two batch shapes round differently.
 NEAR_TIE = {"float32": 0.0, "bfloat16": 0.25, "float16": 0.05}
 METHOD = (
@@ -36,7 +39,7 @@ PARITY = {"requests": 8, "context": 48, "tokens": 32}
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
+    parser.add_argument("--methods", nargs="+", default=ON_GPU, choices=METHODS)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--small", action="store_true", help="a tiny geometry, few steps; other flags still count")
     parser.add_argument("--target", default="qwen3-8b", choices=TARGETS)
@@ -52,19 +55,28 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="unconditional acceptance by depth; as many as chains and blocks are long",
     )
     parser.add_argument("--head-layers", type=int, default=1, help="layers of kvspec's head")
+    parser.add_argument("--draft-vocab", type=int, help="tokens that kvspec's head scores; default all")
     parser.add_argument("--steps", type=int, default=50, help="decode steps to time per shape")
     parser.add_argument("--timeout", type=float, default=1800, help="seconds per method")
     parser.add_argument("--engine", type=json.loads, default={}, help="more arguments of vllm.LLM, as JSON")
     parser.add_argument("--output", type=Path, help="without suffix; default benchmarks/results/engine-<device>")
-    if "--small" in (arguments or sys.argv):
+    given = sys.argv if arguments is None else arguments
+    if "cpu" in given:
+        parser.set_defaults(target="smollm2-135m", dtype="float32", concurrency=[1, 4, 8], context=[256], nodes=8)
+        parser.set_defaults(head_layers=2, draft_vocab=16384, methods=ON_CPU)
+    if "--small" in given:
         parser.set_defaults(target="tiny", dtype="float32", concurrency=[2], context=[40], nodes=6, steps=10)
-        parser.set_defaults(rates=[0.9, 0.6, 0.3], methods=METHODS[:2])
-    return parser.parse_args(arguments)
+        parser.set_defaults(rates=[0.9, 0.6, 0.3], draft_vocab=None)
+        parser.set_defaults(methods=("none", "kvspec-tree"))
+    parsed = parser.parse_args(arguments)
+    if parsed.device != "cpu" and "native" in parsed.methods:
+        parser.error('--methods native is for --device cpu; on a GPU "none" is what vLLM serves with')
+    return parsed
 
 
 def speculative_config(method: str, arguments: argparse.Namespace, models: dict[str, str]) -> dict[str, Any] | None:
     """vLLM's speculative config of a method, with real acceptance."""
-    if method == "none":
+    if method in ("native", "none"):
         return None
     depth = len(arguments.rates)
     if method.startswith("kvspec"):
@@ -94,7 +106,7 @@ def engine_arguments(arguments: argparse.Namespace, models: dict[str, str], spec
         "speculative_config": spec,
     }
     if arguments.device == "cpu":
-        engine |= {"enforce_eager": True, "kv_cache_memory_bytes": 64 << 20, "block_size": 32}
+        engine |= {"enforce_eager": True, "kv_cache_memory_bytes": 1 << 30, "block_size": 32}
     else:
         # Every batch of every method in a CUDA graph; vLLM's own list ends at 512 rows.
         lengths = (1, 1 + len(arguments.rates), 1 + arguments.nodes)
@@ -111,7 +123,7 @@ def run(job: dict[str, Any], directory: Path, arguments: argparse.Namespace) -> 
     environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
     environment |= {"HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING")}
     if arguments.device == "cpu":
-        environment |= {"TRITON_INTERPRET": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+        environment |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     problem = None
     with (directory / "log").open("w+") as log:
         command = [sys.executable, str(HERE / "engine_worker.py"), str(directory / "job.json"), str(out)]
@@ -157,7 +169,12 @@ def main(argv: list[str] | None = None) -> int:
         directory = Path(scratch)
         (directory / "models").mkdir()
         models = write_models(
-            directory / "models", arguments.target, arguments.dtype, len(arguments.rates), arguments.head_layers
+            directory / "models",
+            arguments.target,
+            arguments.dtype,
+            len(arguments.rates),
+            arguments.head_layers,
+            arguments.draft_vocab,
         )
         rows = check_and_measure(arguments, models, directory)
     if rows is None:
@@ -166,10 +183,9 @@ def main(argv: list[str] | None = None) -> int:
     device = torch.device(arguments.device)
     tau = 1 + sum(arguments.rates)
     notes = [f"Forced acceptance by depth: {arguments.rates}, so tau {tau:.2f} is asked of every method. {METHOD}"]
-    if device.type == "cpu":
-        notes.append("**CPU with torch twins of the kernels: no statement about speed.**")
     found = report.conditions(device, target=f"{arguments.target}, random weights", dtype=arguments.dtype)
-    found |= {"nodes": arguments.nodes, "head_layers": arguments.head_layers, "engine": arguments.engine or None}
+    found |= {"nodes": arguments.nodes, "head_layers": arguments.head_layers, "draft_vocab": arguments.draft_vocab}
+    found |= {"engine": arguments.engine or None}
     output = arguments.output or report.RESULTS / f"engine-{found['device'].replace(' ', '-')}"
     report.write(output, "Engine steps", found, rows, notes)
     print(f"wrote {output}.json and {output}.md")
@@ -194,8 +210,10 @@ def check_and_measure(arguments: argparse.Namespace, models: dict[str, str], dir
         same = sum(equal_tokens(have, want) for have, want in zip(found[0]["parity"], answers, strict=True))
         print(f"parity: {method} ok, {same} tokens before the first near-ties", flush=True)
     rows = results("none", plain, problem)
+    if "native" in arguments.methods:
+        rows += results("native", *run(job(arguments, models, "native", {}, shapes=shapes), directory, arguments))
     for method in arguments.methods:
-        if method != "none":
+        if method not in ("native", "none"):
             forced = forced_acceptance(arguments, method)
             rows += results(method, *run(job(arguments, models, method, forced, shapes=shapes), directory, arguments))
     return rows
@@ -204,10 +222,10 @@ def check_and_measure(arguments: argparse.Namespace, models: dict[str, str], dir
 def job(arguments: argparse.Namespace, models: dict[str, str], method: str, more: dict[str, Any], **keys) -> dict:
     """What a worker process does; ``more`` are further keys of its speculative config."""
     spec = speculative_config(method, arguments, models)
-    plain_on_cpu = arguments.device == "cpu" and not method.startswith("kvspec")
+    v2_on_cpu = arguments.device == "cpu" and method == "none"
     return {
         "engine": engine_arguments(arguments, models, spec and spec | more),
-        "worker_cls": "vllm_kvspec.engine.cpu.worker.PlainV2CPUWorker" if plain_on_cpu else None,
+        "worker_cls": "vllm_kvspec.engine.cpu.worker.PlainV2CPUWorker" if v2_on_cpu else None,
         "vocab_size": TARGETS[arguments.target]["vocab_size"],
         "steps": arguments.steps,
         "tokens_per_step": 1 + (len(arguments.rates) if spec else 0),
@@ -238,8 +256,9 @@ def results(method: str, found: list[dict], problem: str | None) -> list[dict[st
 
 
 def add_speedup(rows: list[dict[str, Any]]) -> None:
-    """Tokens per second relative to no speculation at the same shape of the same run."""
-    plain = {(row.get("batch"), row.get("context")): row.get("tokens/s") for row in rows if row["method"] == "none"}
+    """Tokens per second relative to what vLLM serves with, at the same shape of the same run."""
+    baseline = "native" if any(row["method"] == "native" for row in rows) else "none"
+    plain = {(row.get("batch"), row.get("context")): row.get("tokens/s") for row in rows if row["method"] == baseline}
     for row in rows:
         base = plain.get((row.get("batch"), row.get("context")))
         if base and "tokens/s" in row:

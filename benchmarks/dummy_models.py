@@ -26,6 +26,19 @@ TARGETS = {
         "max_position_embeddings": 40960,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
     },
+    "smollm2-135m": {
+        "model_type": "llama",
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "head_dim": 64,
+        "vocab_size": 49152,
+        "max_position_embeddings": 8192,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 100000.0},
+        "tie_word_embeddings": True,
+    },
     "tiny": {
         "hidden_size": 64,
         "intermediate_size": 128,
@@ -43,17 +56,23 @@ TARGETS = {
 GREEDY_SCALE = 1e-3
 
 
-def write_models(directory: Path, target: str, dtype: str, depth: int, head_layers: int) -> dict[str, str]:
-    """Write the target and one head per method that drafts ``depth`` positions; return their directories by name."""
-    shape = TARGETS[target]
-    config = AutoConfig.for_model("qwen3", **shape, tie_word_embeddings=False, dtype=dtype)
-    config.architectures = ["Qwen3ForCausalLM"]
+def write_models(
+    directory: Path, target: str, dtype: str, depth: int, head_layers: int, draft_vocab: int | None = None
+) -> dict[str, str]:
+    """Write the target and one head per method that drafts ``depth`` positions; return their directories by name.
+
+    ``draft_vocab``: tokens that kvspec's head scores, None for all.
+    """
+    shape = {"model_type": "qwen3", "tie_word_embeddings": False} | TARGETS[target]
+    config = AutoConfig.for_model(**shape, dtype=dtype)
+    config.architectures = [f"{shape['model_type'].capitalize()}ForCausalLM"]
     config.save_pretrained(directory / "target")
     head = head_config_for(
         config,
         draft_block_size=depth,
         num_hidden_layers=min(head_layers, shape["num_hidden_layers"]),
         greedy_scale=GREEDY_SCALE,
+        draft_vocab_size=draft_vocab,
         dtype=dtype,
     )
     head.save_pretrained(directory / "kvspec")

@@ -47,7 +47,8 @@ class PhaseClock:
         self.on_gpu = device.type == "cuda"
         self.spans: dict[str, list] = defaultdict(list)
         self._wrap(runner, "execute_model", "forward")
-        self._wrap(runner, "sample", "sample")
+        # The second is Model Runner V1's.
+        self._wrap(runner, "sample" if hasattr(runner, "sample") else "sample_tokens", "sample")
         if getattr(runner, "speculator", None) is not None:
             self._wrap(runner.speculator, "propose", "draft")
 

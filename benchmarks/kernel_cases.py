@@ -175,9 +175,12 @@ def paged_draft_attention_case(
 
 
 def foreign_attention(g: Geometry, q, caches, table, starts, seq_lens, rows: int) -> dict[str, Callable[[], Outputs]]:
-    """vLLM's unified Triton attention and FlashAttention 3, causal, same rows and keys; those that can be imported."""
+    """vLLM's unified Triton attention and FlashAttention 3, causal, same rows and keys; those that can run here."""
     found: dict[str, Callable[[], Outputs]] = {}
     max_len = table.shape[1] * BLOCK_SIZE
+    if q.device.type != "cuda":
+        # Without a GPU vLLM has no Triton.
+        return found
     try:
         from vllm.v1.attention.backends.triton_attn import MIN_LAUNCH_GRID_SIZE_2D, NUM_PAR_SOFTMAX_SEGMENTS
         from vllm.v1.attention.ops.triton_unified_attention import unified_attention
@@ -204,7 +207,7 @@ def foreign_attention(g: Geometry, q, caches, table, starts, seq_lens, rows: int
         return tuple(outs)
 
     found["vllm_triton"] = vllm_triton
-    if q.device.type != "cuda" or q.dtype == torch.float32 or torch.cuda.get_device_capability(q.device)[0] != 9:
+    if q.dtype == torch.float32 or torch.cuda.get_device_capability(q.device)[0] != 9:
         return found
     try:
         from vllm.vllm_flash_attn import flash_attn_varlen_func

@@ -3,6 +3,7 @@
 
 import importlib.metadata
 import json
+import os
 import platform
 import shlex
 import subprocess
@@ -22,11 +23,12 @@ def conditions(device: torch.device, **settings: Any) -> dict[str, Any]:
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join(["python", *sys.argv]),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({platform.machine()})",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({_cpu_name()})",
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0")
         if device.type == "cuda"
         else None,
         "commit": _output("git", "-C", str(ROOT), "describe", "--always", "--dirty"),
+        "threads": torch.get_num_threads() if device.type == "cpu" else None,
         "python": platform.python_version(),
         **{name: _version(name) for name in ("torch", "triton", "transformers", "vllm")},
         **settings,
@@ -57,6 +59,16 @@ def _text(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
     return str(value)
+
+
+def _cpu_name() -> str:
+    """Model and cores, where Linux tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.machine()
+    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
+    return f"{model}, {os.cpu_count()} cores, {platform.machine()}"
 
 
 def _version(distribution: str) -> str | None:

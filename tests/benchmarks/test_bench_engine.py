@@ -16,19 +16,26 @@ def bench():
 
 @pytest.mark.e2e
 @pytest.mark.slow
-def test_plain_tree_and_eagle3(bench, tmp_path, device):
+def test_methods(bench, tmp_path, device):
+    """On CPU without EAGLE-3: its speculator's kernels need a GPU, and on V1 acceptance cannot be forced."""
     rates = [0.9, 0.6, 0.3]
+    methods = ["none", "native" if device.type == "cpu" else "eagle3", "kvspec-tree"]
     arguments = ["--small", "--device", device.type, "--steps", "12", "--rates", *map(str, rates)]
-    arguments += ["--methods", "none", "kvspec-tree", "eagle3"]
+    arguments += ["--methods", *methods]
     assert bench.main([*arguments, "--output", str(tmp_path / "engine")]) == 0
     rows = json.loads((tmp_path / "engine.json").read_text())["rows"]
-    assert [row["method"] for row in rows] == ["none", "kvspec-tree", "eagle3"]
-    plain, tree, eagle3 = rows
+    assert [row["method"] for row in rows] == methods
+    plain, other, tree = rows
     assert plain["tau"] == 1.0
     # 24 draws with standard deviation 1.1, always the same ones: the seeds are fixed.
     assert tree["tau"] == pytest.approx(1 + sum(rates), abs=0.5)
-    assert eagle3["tau"] == pytest.approx(1 + sum(rates), abs=0.5)
-    assert eagle3["KV tokens"] < tree["KV tokens"] == plain["KV tokens"]
+    assert tree["KV tokens"] == plain["KV tokens"]
+    if other["method"] == "eagle3":
+        assert other["tau"] == pytest.approx(1 + sum(rates), abs=0.5)
+        assert other["KV tokens"] < plain["KV tokens"]
+    else:
+        assert other["tau"] == 1.0
+        assert other["speed-up"] == 1.0
     for row in rows:
         assert row["ms per step"] == pytest.approx(row["verify ms"] + row["draft ms"] + row["rest ms"])
         assert row["verify ms"] > 0
@@ -88,7 +95,8 @@ def test_every_method_gets_the_same_rates(bench, tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "run", run)
     arguments = ["--small", "--device", "cpu", "--rates", "0.5", "0.25", "--methods", *bench.METHODS]
     assert bench.main([*arguments, "--output", str(tmp_path / "engine")]) == 0
-    assert len(seen) == len(bench.METHODS) - 1
+    # All but plain vLLM, on either model runner.
+    assert len(seen) == len(bench.METHODS) - 2
     for rates in seen.values():
         assert rates[:2] == [0.5, 0.25]
         assert not any(rates[2:])
