@@ -29,15 +29,15 @@ import engine_runner  # noqa: E402
 import requests_mix  # noqa: E402
 
 
-def run_script(job: dict, directory: Path, *, multiprocessing: bool = False) -> dict:
-    """``engine_runner.py`` in a process of its own; fails with the end of its output."""
+def run_script(job: dict, directory: Path, *, multiprocessing: bool = False, path: Path | None = None) -> dict:
+    """``engine_runner.py`` in a process of its own; fails with the end of its output. ``path``: where it finds more."""
     (directory / "job.json").write_text(json.dumps(job))
     done = subprocess.run(
         [sys.executable, str(HERE / "engine_runner.py"), "job.json", "out.json"],
         cwd=directory,
         env={
             **os.environ,
-            "PYTHONPATH": str(HERE),
+            "PYTHONPATH": os.pathsep.join([str(HERE), *([str(path)] if path else [])]),
             "VLLM_ENABLE_V1_MULTIPROCESSING": "1" if multiprocessing else "0",
         },
         capture_output=True,
@@ -115,6 +115,7 @@ def assert_same(found: list, expected: list, label: str = "") -> None:
                 assert sample["token_ids"] == want["token_ids"], where
                 assert sample["text"] == want["text"], where
                 assert_same_logprobs(sample["logprobs"], want["logprobs"], where)
+                assert sample["cumulative_logprob"] == pytest.approx(want["cumulative_logprob"], abs=2e-2), where
 
 
 def assert_same_logprobs(found: list | None, expected: list | None, where: str) -> None:

@@ -56,6 +56,9 @@ def sampling_params(params: dict[str, Any]):
     from vllm.sampling_params import StructuredOutputsParams
 
     params = dict(params)
+    if bias := params.get("logit_bias"):
+        # JSON makes strings of the token ids.
+        params["logit_bias"] = {int(token): value for token, value in bias.items()}
     if regex := params.pop("regex", None):
         params["structured_outputs"] = StructuredOutputsParams(regex=regex)
     return SamplingParams(**params)
@@ -80,7 +83,12 @@ def _sample(sample) -> dict[str, Any]:
     logprobs = None
     if sample.logprobs is not None:
         logprobs = [{str(token): entry.logprob for token, entry in step.items()} for step in sample.logprobs]
-    return {"token_ids": list(sample.token_ids), "text": sample.text, "logprobs": logprobs}
+    return {
+        "token_ids": list(sample.token_ids),
+        "text": sample.text,
+        "logprobs": logprobs,
+        "cumulative_logprob": sample.cumulative_logprob,
+    }
 
 
 def spec_counters(llm) -> dict[str, float]:

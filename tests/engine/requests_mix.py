@@ -47,11 +47,14 @@ def sampled_batch() -> list[dict]:
 
 
 def logprobs_batch() -> list[dict]:
-    """Few and short: in the interpreter vLLM's log-probability kernel is by far the slowest."""
     common = {"max_tokens": 12, "logprobs": 3}
+    listed = {"max_tokens": 12, "logprob_token_ids": [100, 300, 500, 44]}
     return [
         request(12, 60, temperature=0.0, **common),
         request(40, 160, temperature=1.0, seed=11, top_p=0.95, top_k=50, **common),
+        request(25, 260, temperature=0.0, **listed),
+        request(25, 360, temperature=1.0, seed=12, logprobs=4, **listed),
+        request(25, 460, temperature=0.0, max_tokens=12),
     ]
 
 
@@ -67,6 +70,9 @@ def mixed_batch() -> list[dict]:
         request(60, 1100, temperature=0.8, seed=9, min_tokens=20, ignore_eos=False),
         request(50, 1300, temperature=1.0, seed=3, frequency_penalty=0.7),
         request(10, 1500, temperature=0.0, prompt_logprobs=2),
+        # vLLM refuses both with speculation; here every row is sampled as in plain decoding.
+        request(36, 1600, temperature=1.3, seed=13, min_p=0.1),
+        request(52, 1700, temperature=0.7, seed=14, logit_bias={44: 4.0, 300: -100.0}),
     ]
     for one in requests:
         one["params"]["max_tokens"] = 20

@@ -11,6 +11,9 @@ import torch
 from vllm.logger import init_logger
 from vllm.sampling_params import SamplingParams
 from vllm.v1.worker.gpu.input_batch import InputBatch
+from vllm.v1.worker.gpu.sample.bad_words import BadWordsState
+from vllm.v1.worker.gpu.sample.logit_bias import LogitBiasState
+from vllm.v1.worker.gpu.sample.penalties import PenaltiesState
 
 from vllm_kvspec.engine import ops
 from vllm_kvspec.engine.budget.step_costs import MeasuresStepCosts
@@ -20,6 +23,9 @@ from vllm_kvspec.engine.verify.decode_graphs import cover_query_lengths
 from vllm_kvspec.engine.verify.sampler import TreeRejectionSampler
 
 logger = init_logger("vllm.kvspec.runner")
+
+# vLLM's own logits processors. `needs_chain` knows for which requests they depend on the order of the drafts.
+VLLM_PROCESSORS = (LogitBiasState, PenaltiesState, BadWordsState)
 
 
 def needs_chain(params: SamplingParams | None) -> bool:
@@ -61,8 +67,9 @@ class KVSpecRunnerMixin(MeasuresStepCosts):
     def load_model(self, *args, **kwargs) -> None:
         super().load_model(*args, **kwargs)
         self.tree_state = self.speculator.state
-        # Custom processors see the drafts in linear order, for every request.
-        only_chains = bool(self.model_config.logits_processors) or self.speculative_config.tree == "chain"
+        # Custom processors see the drafts in linear order, for every request. They come by flag or as a plugin.
+        has_custom = any(not isinstance(p, VLLM_PROCESSORS) for p in self.sampler.logits_processors)
+        only_chains = has_custom or self.speculative_config.tree == "chain"
         self.tree_state.only_chains = only_chains
         self.rejection_sampler = TreeRejectionSampler(
             self.sampler, self.speculative_config, self.device, self.tree_state

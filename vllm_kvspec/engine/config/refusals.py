@@ -36,6 +36,8 @@ def refuse_engine_options(engine_args: Any, model: ModelConfig, parallel: Parall
         if model.rswa_window is not None
         else "a bidirectional prefix"
         if model.is_mm_prefix_lm
+        else f"--runner {model.runner_type}"
+        if model.runner_type != "generate"
         else None
     )
     if model_kind:
@@ -60,6 +62,8 @@ def refuse_engine_options(engine_args: Any, model: ModelConfig, parallel: Parall
         ("--enable-dbo", True, parallel.enable_dbo),
         ("--enable-batch-sharded-sampling", True, parallel.enable_batch_sharded_sampling),
         ("--kv-transfer-config", "a connector", engine_args.kv_transfer_config is not None),
+        # vLLM makes a connector of it.
+        ("--kv-offloading-size", engine_args.kv_offloading_size, engine_args.kv_offloading_size is not None),
         ("--watermark-config", "a watermark", getattr(engine_args, "watermark_config", None) is not None),
         ("--kv-sharing-fast-prefill", True, engine_args.kv_sharing_fast_prefill),
         ("--kv-cache-dtype", cache_dtype, cache_dtype not in cache_dtypes),

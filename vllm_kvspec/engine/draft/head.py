@@ -179,6 +179,7 @@ class KVSpecDraftModel(nn.Module):
         if config.transition_rank:
             self.transition_in = nn.Embedding(config.vocab_size, config.transition_rank)
             self.transition_out = nn.Linear(config.transition_rank, config.draft_vocab_size, bias=False)
+        self._is_loaded = False
         # Made of the loaded weights, when first needed.
         self._packed_transition: Callable[[torch.Tensor], torch.Tensor] | None = None
         is_reduced = config.draft_vocab_size < config.vocab_size
@@ -238,7 +239,10 @@ class KVSpecDraftModel(nn.Module):
             return self.norm(hidden).view(rows.shape)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """Load the checkpoint's tensors; raises ValueError for a tensor the head lacks or one it does not get."""
+        """Load the checkpoint's tensors; raises ValueError for a tensor the head lacks or one it does not get.
+
+        Only the first call must bring all: weights may be updated in chunks (vLLM's layerwise reload).
+        """
         self._packed_transition = None
         parameters = dict(self.named_parameters())
         loaded: set[str] = set()
@@ -263,7 +267,9 @@ class KVSpecDraftModel(nn.Module):
             loader = getattr(parameter, "weight_loader", default_weight_loader)
             loader(parameter, tensor, *(() if shard is None else (shard,)))
             loaded.add(target)
-        self._require_all(parameters, parts)
+        if not self._is_loaded:
+            self._require_all(parameters, parts)
+        self._is_loaded = True
         return loaded
 
     def _set_draft_ids(self, offsets: torch.Tensor) -> None:

@@ -5,9 +5,11 @@ Two more replacements are scoped and live where they act: ``worker.py`` swaps th
 (process-local, only in kvspec workers), and ``cpu/worker.py`` swaps ``CPUModelRunner`` while the device initialises.
 """
 
+import json
 import sys
 from collections.abc import Callable
 from functools import wraps
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from vllm_kvspec.engine.hooks import compat
@@ -30,13 +32,42 @@ def _wrap_create_speculative_config(build: Callable[..., Any]) -> None:
 
     @wraps(original)
     def create_speculative_config(self, target_model_config, target_parallel_config):
-        method = self.spec_method or (self.speculative_config or {}).get("method")
-        if method != METHOD:
+        if isinstance(self.speculative_config, str):
+            self.speculative_config = parse_speculative_config(self.speculative_config)
+        if asked_method(self) != METHOD:
             return original(self, target_model_config, target_parallel_config)
         return build(self, target_model_config, target_parallel_config)
 
     create_speculative_config.kvspec_original = original
     EngineArgs.create_speculative_config = create_speculative_config
+
+
+def parse_speculative_config(text: str) -> dict[str, Any]:
+    """``speculative_config`` as the command line takes it, given in Python. Raises ValueError."""
+    try:
+        parsed = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"speculative_config must be a dict or a JSON object; found {text!r}: {error}") from error
+    if not isinstance(parsed, dict):
+        raise ValueError(f"speculative_config must be a dict or a JSON object; found {text!r}.")
+    return parsed
+
+
+def asked_method(engine_args: Any) -> str | None:
+    """The speculative method that the user asks for. A head of ours needs no ``method``: its config.json names it."""
+    settings = engine_args.speculative_config or {}
+    method = engine_args.spec_method or settings.get("method")
+    model = engine_args.spec_model or settings.get("model")
+    if method is not None or model is None:
+        return method
+    from transformers import PreTrainedConfig
+
+    try:
+        found, _ = PreTrainedConfig.get_config_dict(model, revision=settings.get("revision"))
+    except (OSError, ValueError):
+        # Whatever it is, vLLM says what is wrong with it.
+        return None
+    return METHOD if found.get("model_type") == METHOD else None
 
 
 def accept_kvspec() -> None:
@@ -80,6 +111,58 @@ def offer_spec_method() -> None:
 
     add_cli_args.kvspec_original = original
     EngineArgs.add_cli_args = staticmethod(add_cli_args)
+
+
+def serve_heads_by_their_name() -> None:
+    """Target: ``vllm.engine.arg_utils.maybe_override_with_speculators``, the module global.
+
+    Why: ``vllm serve HEAD`` takes the target from the head's config.json. A head that lies beside its target names it
+    by its directory alone, which means nothing where the server is started. Upstream: names of repositories only.
+    Remove when vLLM resolves a verifier against the head's directory.
+    """
+    import vllm.engine.arg_utils as arg_utils
+
+    original = arg_utils.maybe_override_with_speculators
+    if hasattr(original, "kvspec_original"):
+        return
+
+    @wraps(original)
+    def maybe_override_with_speculators(model, *args, **kwargs):
+        target, tokenizer, settings = original(model, *args, **kwargs)
+        beside = Path(model).parent / target
+        if (
+            target != model
+            and (settings or {}).get("method") == METHOD
+            and not Path(target).exists()
+            and beside.is_dir()
+        ):
+            target = tokenizer = str(beside)
+        return target, tokenizer, settings
+
+    maybe_override_with_speculators.kvspec_original = original
+    arg_utils.maybe_override_with_speculators = maybe_override_with_speculators
+
+
+def sample_with_min_p_and_logit_bias() -> None:
+    """Target: ``SamplingParams._validate_spec_decode``.
+
+    Why: it refuses both with any speculative method. Ours samples every tree row with vLLM's own sampler, which applies
+    them, and needs no draft probabilities that they would have to be applied to as well. Upstream: a restriction of
+    ratio-based rejection sampling. Remove when it is asked of the method.
+    """
+    from vllm import SamplingParams
+
+    original = SamplingParams._validate_spec_decode
+    if hasattr(original, "kvspec_original"):
+        return
+
+    @wraps(original)
+    def _validate_spec_decode(self, speculative_config):
+        if getattr(speculative_config, "method", None) != METHOD:
+            original(self, speculative_config)
+
+    _validate_spec_decode.kvspec_original = original
+    SamplingParams._validate_spec_decode = _validate_spec_decode
 
 
 def allow_async_scheduling() -> None:

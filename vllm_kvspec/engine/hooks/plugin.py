@@ -25,6 +25,8 @@ def register() -> None:
     ModelRegistry.register_model("KVSpecDraftModel", "vllm_kvspec.engine.draft.head:KVSpecDraftModel")
     patches.accept_kvspec()
     patches.offer_spec_method()
+    patches.serve_heads_by_their_name()
+    patches.sample_with_min_p_and_logit_bias()
     patches.allow_async_scheduling()
     patches.run_v2_without_triton()
     patches.rebind_kernels_beside_numba()

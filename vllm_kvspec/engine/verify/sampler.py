@@ -16,8 +16,8 @@ import torch
 from vllm.v1.outputs import LogprobsTensors
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.sample.gumbel import gumbel_sample
+from vllm.v1.worker.gpu.sample.logprob import compute_topk_scores
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
-from vllm.v1.worker.gpu.sample.states import NO_LOGPROBS
 from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
 
 from vllm_kvspec.engine import ops
@@ -35,7 +35,10 @@ class TreeRejectionSampler(RejectionSampler):
         super().__init__(sampler, spec_config, device)
         self.state = state
         self.path: torch.Tensor | None = None
+        # Of the call that is under way, and of its latest chunk of requests.
+        self._logprobs_dims: tuple[int, int] | None = None
         self._chunk_paths: list[torch.Tensor] = []
+        self._chunk_mapping: torch.Tensor | None = None
 
     def __call__(
         self,
@@ -48,6 +51,7 @@ class TreeRejectionSampler(RejectionSampler):
         # local_pos be.
         batch = replace(input_batch, expanded_local_pos=self.state.local_pos[: logits.shape[0]])
         self._chunk_paths = []
+        self._logprobs_dims = self.sampler.get_logprobs_dims(input_batch.idx_mapping_np)
         output = super().__call__(logits, batch, None, invalid_drafts)
         self.path = self._chunk_paths[0] if len(self._chunk_paths) == 1 else torch.cat(self._chunk_paths)
         return output
@@ -85,6 +89,7 @@ class TreeRejectionSampler(RejectionSampler):
             target_tokens, verify_draft_sampled, self.state.parent, cu_num_logits, idx_mapping
         )
         self._chunk_paths.append(path)
+        self._chunk_mapping = expanded_idx_mapping
         return processed_logits, sampled, num_sampled
 
     def _force_acceptance(
@@ -138,12 +143,22 @@ class TreeRejectionSampler(RejectionSampler):
         cu_num_logits_np: np.ndarray,
         max_num_logprobs: int,
     ) -> LogprobsTensors | None:
-        if max_num_logprobs == NO_LOGPROBS:
+        if self._logprobs_dims is None:
             return None
+        num_logprobs, max_per_req_token_ids = self._logprobs_dims
         # vLLM pairs logits row i of a request with its sampled token i; on a tree that token came from row path[i].
         request, start = self._first_rows(logits.shape[0], cu_num_logits)
         node = torch.arange(logits.shape[0], device=logits.device) - start
         source = start + self._chunk_paths[-1][request, node]
-        return super()._get_logprobs_tensors(
-            sampled, num_sampled, logits[source], cu_num_logits, cu_num_logits_np, max_num_logprobs
+        tokens = torch.where(node < num_sampled[request], sampled[request, node], 0)
+        # As vLLM's Sampler does; its RejectionSampler leaves the tokens out that a request lists.
+        return compute_topk_scores(
+            logits[source],
+            num_logprobs,
+            tokens,
+            cu_num_logits_np.tolist() if len(source) > len(num_sampled) else None,
+            logprob_token_ids_state=self.sampler.logprob_token_ids_state,
+            expanded_idx_mapping=self._chunk_mapping,
+            max_per_req_token_ids=max_per_req_token_ids,
+            logits_mode=self.sampler.logprobs_mode in ("raw_logits", "processed_logits"),
         )
