@@ -150,7 +150,7 @@ def test_fixed_where_the_user_said_so(spec, costs_file):
     for keys in ({"budget": "fixed"}, {"num_speculative_tokens_per_batch_size": schedule}):
         config = configured(spec(8, **keys))
         assert config.speculative_config.budget == "fixed"
-        assert config.scheduler_config.scheduler_cls is None
+        assert config.scheduler_config.scheduler_cls == selection.SCHEDULER
         given = keys.get("num_speculative_tokens_per_batch_size")
         assert config.speculative_config.num_speculative_tokens_per_batch_size == given
     config = configured(spec(8, budget_costs=costs_file), max_num_seqs=8)
@@ -263,3 +263,23 @@ def test_without_a_table_the_roofline_serves(costs_file):
     # 4.6M parameters in float32.
     assert budget.costs.target.weight_bytes == pytest.approx(4 * 4.6e6, rel=0.1)
     assert budget.nodes(1, 100) == 8
+
+
+@pytest.mark.parametrize(("accepted", "warns"), [(0, True), (19, True), (20, False), (400, False)])
+def test_next_to_no_acceptance_is_said_once(accepted, warns, monkeypatch):
+    said = []
+    monkeypatch.setattr(scheduler_module.logger, "warning", lambda text, *values: said.append(text % values))
+
+    class Stock:
+        def make_spec_decoding_stats(self, stats, num_draft_tokens, num_accepted_tokens):
+            return num_accepted_tokens
+
+    watch = type("Watch", (scheduler_module.WatchesAcceptance, Stock), {})()
+    counts = [accepted // 200 + (i < accepted % 200) for i in range(200)]
+    for count in [*counts, *counts]:
+        assert watch.make_spec_decoding_stats(None, 8, count) == count
+        # A step without drafts shows nothing.
+        watch.make_spec_decoding_stats(None, 0, 0)
+    assert len(said) == warns
+    if warns:
+        assert f"of the first 200 drafts only {accepted} tokens" in said[0]

@@ -145,6 +145,33 @@ def test_refused_keys(keys, parts):
         assert part in message
 
 
+def test_as_json_text():
+    assert configure(json.dumps(kvspec(num_speculative_tokens=7))).speculative_config.num_speculative_tokens == 7
+    for text in ("{", "[8]"):
+        assert "must be a dict or a JSON object" in refusal(text)
+
+
+def test_a_head_needs_no_method(tmp_path):
+    """Its config.json says what it is. Anything else stays vLLM's business."""
+    config = configure({"model": HEAD, "num_speculative_tokens": 7}).speculative_config
+    assert (config.method, config.num_speculative_tokens) == ("kvspec", 7)
+    assert EngineArgs(model=TARGET, spec_model=HEAD).create_engine_config().speculative_config.method == "kvspec"
+    assert "kvspec" not in refusal({"model": str(tmp_path / "nothing"), "num_speculative_tokens": 2})
+
+
+def test_a_head_is_served_by_its_name(tmp_path, monkeypatch):
+    """``vllm serve HEAD``: the target is the one that lies beside the head."""
+    monkeypatch.chdir(tmp_path)
+    config = EngineArgs(model=HEAD, dtype="float32", max_model_len=256).create_engine_config()
+    assert Path(config.model_config.model) == Path(TARGET)
+    assert config.speculative_config.method == "kvspec"
+    assert Path(config.speculative_config.model) == Path(HEAD)
+
+
+def test_pooling_is_refused():
+    assert "--runner pooling" in refusal(kvspec(), runner="pooling")
+
+
 def test_every_key_of_vllm_is_honoured_or_refused():
     """Fails when vLLM adds a key: read what it does with it, and put it into one of the two tables."""
     keys = set(base_defaults())
@@ -230,6 +257,7 @@ def test_scheduling_is_asynchronous(monkeypatch):
         ({"kv_cache_dtype": "int8_per_token_head"}, "--kv-cache-dtype; found int8_per_token_head"),
         ({"kv_cache_dtype": "fp8"}, "--kv-cache-dtype; found fp8"),
         ({"enable_lora": True}, "--enable-lora"),
+        ({"kv_offloading_size": 0.25}, "--kv-offloading-size; found 0.25"),
         ({"worker_cls": "some.other.Worker"}, "--worker-cls; found some.other.Worker"),
     ],
 )

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's schedulers with the number of nodes per step chosen by the load (``budget: "auto"``).
+"""vLLM's schedulers with the number of nodes per step chosen by the load (``budget: "auto"``), and a watch over
+acceptance.
 
 vLLM asks a table by batch size for the length of the next drafts (``dynamic_sd_lookup``). Here the table looks at the
 batch's context and at the running acceptance as well; everything else, asynchronous scheduling included, is vLLM's.
@@ -13,6 +14,9 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm_kvspec.engine.budget.choice import Acceptance, MeasuredCosts, NodeBudget, Roofline, decoder_pass, read_costs
 
 logger = init_logger("vllm.kvspec.budget")
+
+# Fewer accepted tokens than this, per draft of the first so many, is no acceptance to speak of.
+LEAST_ACCEPTED, WATCHED_DRAFTS = 0.1, 200
 
 
 def create_budget(vllm_config, sizes: list[int]) -> NodeBudget:
@@ -54,6 +58,30 @@ class NodesByLoad:
         return nodes
 
 
+class WatchesAcceptance:
+    """Says once when next to nothing is accepted: the text is right then too, so nothing else would."""
+
+    _drafts = _accepted = 0
+
+    def make_spec_decoding_stats(self, spec_decoding_stats, num_draft_tokens, num_accepted_tokens, *args, **kwargs):
+        if num_draft_tokens and self._drafts < WATCHED_DRAFTS:
+            self._drafts += 1
+            self._accepted += num_accepted_tokens
+            if self._drafts == WATCHED_DRAFTS and self._accepted < LEAST_ACCEPTED * WATCHED_DRAFTS:
+                logger.warning(
+                    "kvspec: of the first %d drafts only %d tokens were accepted. The text is right, but drafting "
+                    "costs time for nothing. Likely causes: the head was trained for other weights of this target "
+                    "(another fine-tune, quantised), with another chat template or thinking mode, or on other text "
+                    "(language, domain). `vllm-kvspec eval` measures a head on your text, `vllm-kvspec train` makes "
+                    "one for it.",
+                    self._drafts,
+                    self._accepted,
+                )
+        return super().make_spec_decoding_stats(
+            spec_decoding_stats, num_draft_tokens, num_accepted_tokens, *args, **kwargs
+        )
+
+
 class ChoosesNodes:
     """Put before ``Scheduler`` or ``AsyncScheduler`` in the bases."""
 
@@ -77,16 +105,9 @@ class ChoosesNodes:
         )
 
 
-class BudgetScheduler(ChoosesNodes, Scheduler):
-    pass
-
-
-class BudgetAsyncScheduler(ChoosesNodes, AsyncScheduler):
-    pass
-
-
 def create_scheduler(vllm_config, *args, **kwargs) -> Scheduler:
     """``--scheduler-cls`` is set to this by the speculative config. A function, because whether scheduling is
     asynchronous is known only once the engine is configured."""
-    scheduler = BudgetAsyncScheduler if vllm_config.scheduler_config.async_scheduling else BudgetScheduler
-    return scheduler(vllm_config, *args, **kwargs)
+    stock = AsyncScheduler if vllm_config.scheduler_config.async_scheduling else Scheduler
+    chooses = [ChoosesNodes] if vllm_config.speculative_config.budget == "auto" else []
+    return type("KVSpecScheduler", (WatchesAcceptance, *chooses, stock), {})(vllm_config, *args, **kwargs)

@@ -62,7 +62,16 @@ def _prefers_flash_attention(engine_args: Any, target: ModelConfig) -> bool:
 
 
 def select_budget(engine_args: Any, config: KVSpecConfig, parallel: ParallelConfig) -> None:
-    """Settle ``budget``: for "auto", select our scheduler and the sizes it chooses from. Raises ValueError."""
+    """Settle ``budget``, for "auto" with the sizes to choose from, and select our scheduler unless the user named one.
+
+    Raises ValueError.
+    """
+    _settle_budget(engine_args, config, parallel)
+    if engine_args.scheduler_cls is None:
+        engine_args.scheduler_cls = SCHEDULER
+
+
+def _settle_budget(engine_args: Any, config: KVSpecConfig, parallel: ParallelConfig) -> None:
     if config.num_speculative_tokens_per_batch_size is not None:
         config.budget = "fixed"
     if config.budget == "fixed":
@@ -89,7 +98,6 @@ def select_budget(engine_args: Any, config: KVSpecConfig, parallel: ParallelConf
         sizes = [nodes for nodes in reversed(read_costs(config.budget_costs).nodes) if nodes <= ceiling]
     max_batch = engine_args.max_num_seqs or DEFAULT_MAX_NUM_SEQS
     config.num_speculative_tokens_per_batch_size = graph_schedule(sizes, max_batch)
-    engine_args.scheduler_cls = SCHEDULER
 
 
 def create_kvspec_config(
