@@ -7,8 +7,8 @@ number of rows up to `MAX_ROWS` and every group up to `MAX_GROUP` is asked for i
 once, so a change of `tile_config` changes the list by itself.
 
 ``pairs`` is a covering array: every two features that can occur together do so in some variant; that is what CI
-compiles. ``all`` is the product of everything that decides registers and shared memory (attention: tile, head
-dimension, cache dtype, splits, window, causal block; candidates: every feature), with the rest covered by the pairs.
+compiles. ``all`` is the product of everything that decides registers and shared memory (attention: all but the block
+size; candidates: every feature), with the rest covered by the pairs.
 """
 
 from collections.abc import Callable, Iterator
@@ -41,8 +41,8 @@ DTYPES = {
     "fp16": (torch.float16, torch.float16),
     "fp8": (torch.bfloat16, torch.float8_e4m3fn),
 }
-# What decides registers and shared memory, beside the tile's rows.
-CRITICAL = ("tile", "block keys", "D", "dtype", "splits", "window", "causal")
+# What decides registers and shared memory.
+CRITICAL = ("tile", "group", "block keys", "D", "dtype", "splits", "window", "causal")
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def _tiles(dim: int, dtype: str, is_draft: bool) -> Iterator[tuple[int, int, dic
     # vLLM quantises the queries too where it quantises the cache; not those of the head.
     q = torch.empty(1, 1, dim, dtype=DTYPES[dtype][0 if is_draft else 1])
     for group, rows in product(range(1, MAX_GROUP + 1), range(1, MAX_ROWS + 1)):
-        config = _paged_softmax.tile_config(rows * group, q, at_least=1 if is_draft else group)
+        config = _paged_softmax.tile_config(rows * group, q, 1 if is_draft else group)
         features = {"tile": config["BLOCK_M"], "group": _group_kind(group)}
         if is_draft:
             features["block keys"] = min(config["TILE"], max(16, triton.next_power_of_2(rows)))
