@@ -6,9 +6,10 @@ A variant is one call of a real launcher. Its features are what the compiled cod
 number of rows up to `MAX_ROWS` and every group up to `MAX_GROUP` is asked for its tile and each distinct tile kept
 once, so a change of `tile_config` changes the list by itself.
 
-``pairs`` is a covering array: every two features that can occur together do so in some variant; that is what CI
-compiles. ``all`` is the product of everything that decides registers and shared memory (attention: all but the block
-size; candidates: every feature), with the rest covered by the pairs.
+``pairs`` is a covering array: every two features that can occur together do so in some variant; beside it, where
+registers are scarcest, every combination: the largest tile of the tree kernel. That is what CI compiles. ``all`` is the
+product of everything that decides registers and shared memory (attention: all but the block size; candidates: every
+feature), with the rest covered by the pairs.
 """
 
 from collections.abc import Callable, Iterator
@@ -255,6 +256,12 @@ def largest_tile(variants: list[Variant]) -> Variant:
     return max((v for v in variants if v.features["D"] == 128), key=lambda v: v.features["tile"])
 
 
+def largest_tiles(variants: list[Variant]) -> list[Variant]:
+    """Every combination of group, splits and window in the largest tile, in bf16 at head dimension 128."""
+    fixed = {"tile": largest_tile(variants).features["tile"], "D": 128, "dtype": "bf16", "block size": 16}
+    return [v for v in variants if fixed.items() <= v.features.items()]
+
+
 def select(capability: int, selection: str) -> list[Variant]:
     """Variants to compile for one GPU generation; selection is ``largest``, ``pairs`` or ``all``."""
     if selection == "largest":
@@ -264,6 +271,8 @@ def select(capability: int, selection: str) -> list[Variant]:
     for is_draft in (True, False):
         variants = attention_variants(capability, is_draft)
         chosen += covering_pairs(variants)
+        if not is_draft:
+            chosen += largest_tiles(variants)
         if selection == "all":
             chosen += critical_product(variants)
     return chosen
