@@ -19,7 +19,7 @@ VLLM := 0.33.0
 endif
 export VLLM_NO_USAGE_STATS ?= 1
 
-.PHONY: demo test test-0.32 test-0.33 lint tiny bench-kernels bench-engine install clean kernel-resources kernels-triton-3.6
+.PHONY: demo test test-0.32 test-0.33 lint tiny bench-kernels bench-engine install clean kernel-resources
 
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py
@@ -51,10 +51,12 @@ bench-engine: $(STAMP)
 kernel-resources: $(STAMP)
 	$(BIN)/python tests/kernels/kernel_resources.py
 
-# The same on the oldest Triton that must work, with the torch of .venv.
-kernels-triton-3.6: $(STAMP)
-	test -d .venv-triton-3.6/triton || $(BIN)/python -m pip install --quiet --no-deps --target .venv-triton-3.6 triton==3.6.0
-	PYTHONPATH="$(abspath .venv-triton-3.6)" $(BIN)/python tests/kernels/kernel_resources.py --summary --command "make $@"
+# The same on another Triton, with the torch of .venv: 3.6 is the oldest that must work, 3.8 is what vLLM 0.33 pins.
+# VERSION chooses another patch release than .0.
+kernels-triton-%: $(STAMP)
+	test -d .venv-triton-$*/triton || $(BIN)/python -m pip install --quiet --no-deps --target .venv-triton-$* \
+		triton==$(or $(VERSION),$*.0)
+	PYTHONPATH="$(abspath .venv-triton-$*)" $(BIN)/python tests/kernels/kernel_resources.py --summary --command "make $@"
 
 install: $(STAMP)
 
@@ -71,4 +73,4 @@ endif
 	touch $@
 
 clean:
-	rm -rf .venv .venv-0.32 .venv-0.33 .venv-triton-3.6 build dist *.egg-info .pytest_cache .hypothesis .ruff_cache .import_linter_cache demo.json
+	rm -rf .venv .venv-0.32 .venv-0.33 .venv-triton-* build dist *.egg-info .pytest_cache .hypothesis .ruff_cache .import_linter_cache demo.json

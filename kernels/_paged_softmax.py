@@ -163,23 +163,28 @@ def merge_splits(parts: tuple[torch.Tensor, ...], out: torch.Tensor, num_rows: t
     )
 
 
-def tile_config(rows: int, q: torch.Tensor, at_least: int = 1) -> dict[str, int | None]:
-    """BLOCK_M (no less than `at_least`), TILE and launch options for `rows` rows that share one KV head."""
+def tile_config(rows: int, q: torch.Tensor, group: int = 1, has_window: bool = False) -> dict[str, int | None]:
+    """BLOCK_M, TILE and launch options for `rows` rows that share one KV head; a tile holds `group` of them or more."""
     head_dim = q.shape[-1]
     wide = head_dim > 128 or q.dtype == torch.float32
+    capability = _capability(q.device)
     # Other tensor cores than those of compute capability 9 and 10 take both factors of a product from registers.
-    in_registers = _capability(q.device) not in (9, 10)
+    in_registers = capability not in (9, 10)
     # The largest tiles, and the fewest warps for them, that compile without spills (tests/kernels/test_compile.py);
     # float32, which no server runs on a GPU, spills with any. A query that is converted stays in registers as well.
     most = (32 if in_registers or q.dtype.itemsize == 1 else 64) if wide else 128
-    block_m = max(min(max(16, triton.next_power_of_2(rows)), most), triton.next_power_of_2(at_least))
+    block_m = max(min(max(16, triton.next_power_of_2(rows)), most), triton.next_power_of_2(group))
     tile = 64 if block_m >= 128 and not wide and not in_registers else 32
+    # What the mask of a window or a division by the group takes in registers, the largest tile has to spare on compute
+    # capability 9 alone.
+    halved = block_m >= 128 and (has_window if capability == 10 else in_registers and group & (group - 1) != 0)
+    tile = tile // 2 if halved else tile
     num_warps = 8 if wide or block_m >= (64 if in_registers else 128) else 4
     # A third stage makes up for the smaller tile where there is room for it.
-    num_stages = 2 if block_m >= 128 or q.dtype == torch.float32 else 3
+    num_stages = 2 if (block_m >= 128 and not halved) or q.dtype == torch.float32 else 3
     # Unless it is told that it may take them all, ptxas spills a few registers to fit one more block on a
-    # multiprocessor. The largest tiles take them all anyway, and spill when told so.
-    maxnreg = 255 if block_m < 128 else None
+    # multiprocessor. The largest tiles with all their keys take them anyway, and spill when told so.
+    maxnreg = 255 if block_m < 128 or halved else None
     return dict(BLOCK_M=block_m, TILE=tile, num_warps=num_warps, num_stages=num_stages, maxnreg=maxnreg)
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Torch twin of every launcher in this directory, same names and signatures: the executable specification.
 
-A kernel is right when it agrees with its twin here. The engine also runs these twins on CPU, where Triton's interpreter
-would be far too slow, so they are vectorised and read small index tensors to the host (free on CPU, never done by the
+A kernel is right when it agrees with its twin here. On CPU the engine runs the cheap ones of these twins and compiled
+versions of the others, so they are vectorised and read small index tensors to the host (free on CPU, never done by the
 launchers). Imports torch only.
 
 Words. A tree has nodes 0..N; node 0 (the root) is the last sampled token, at flat position ``base``; N1 = N + 1,

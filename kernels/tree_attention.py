@@ -222,7 +222,7 @@ def tree_attention(
         return out
     block_size, num_kv_heads = k_cache.shape[1:3]
     group = num_heads // num_kv_heads
-    config = tile_config(min(max_query_len, num_rows) * group, q, at_least=group)
+    config = tile_config(min(max_query_len, num_rows) * group, q, group, sliding_window > 0)
     block_q = config["BLOCK_M"] // group
     query_tiles = num_rows // block_q + num_reqs
     splits = 1

@@ -274,7 +274,7 @@ def tile_config(num_rows: int, num_entries: int, dtype: torch.dtype) -> dict[str
     # The largest tiles without spills (tests/kernels/test_compile.py): the noise and fp32 products take many registers.
     wide = dtype == torch.float32
     rows = min(max(16, triton.next_power_of_2(num_rows)), max(16, (4096 if wide else 8192) // split))
-    num_warps = min(max(rows * split // 512, 4), 16)
+    num_warps = min(max(rows * split // 512, 4), 8 if wide else 16)
     block_rank = 16 if wide else 8192 // split
     # All the registers there are: unless told so, ptxas spills a few to fit one more block on a multiprocessor.
     maxnreg = min(255, 65536 // (32 * num_warps))

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Makes Triton's interpreter compute bfloat16 correctly, for tests only.
 
-The stock interpreter (3.6, 3.7) holds bf16 as uint16 and adds, multiplies, compares and dots those bit patterns, and
+The stock interpreter (3.6 to 3.8) holds bf16 as uint16 and adds, multiplies, compares and dots those bit patterns, and
 truncates when it stores fp32 as bf16. `install` lets every arithmetic entry of the interpreter see fp32 values instead
 and rounds results to nearest even, as a GPU does. Remove when the stock interpreter passes test_interpreter_bf16.py.
 """

@@ -49,7 +49,7 @@ def test_oracle_trees(oracle_file, make_engine, spec, check):
 
 
 def test_triton_kernels(spec, script, reference, same):
-    """The same engine on the Triton kernels, interpreted, instead of their twins."""
+    """The same engine on the Triton kernels, interpreted, instead of those compiled for the CPU."""
     job = {
         "engine": {"speculative_config": spec(6)},
         "batches": [BATCHES["logprobs"]()],

@@ -18,8 +18,8 @@ HEAD = """# What the kernels need
 
 Compiled without a GPU (`tests/kernels/compile_offline.py`): registers per thread, dynamic shared memory per block in
 bytes, spills (local loads and stores), stack bytes, and which tensor-core instructions were chosen. Nothing here was
-run; nothing here says how fast anything is. The variants are those that CI compiles, a covering array of what the
-launchers can choose (`tests/kernels/kernel_variants.py`).
+run; nothing here says how fast anything is. The variants are those that CI compiles: a covering array of what the
+launchers can choose, and every use of the tree kernel's largest tile (`tests/kernels/kernel_variants.py`).
 
 """
 

@@ -6,9 +6,10 @@ A variant is one call of a real launcher. Its features are what the compiled cod
 number of rows up to `MAX_ROWS` and every group up to `MAX_GROUP` is asked for its tile and each distinct tile kept
 once, so a change of `tile_config` changes the list by itself.
 
-``pairs`` is a covering array: every two features that can occur together do so in some variant; that is what CI
-compiles. ``all`` is the product of everything that decides registers and shared memory (attention: tile, head
-dimension, cache dtype, splits, window, causal block; candidates: every feature), with the rest covered by the pairs.
+``pairs`` is a covering array: every two features that can occur together do so in some variant; beside it, where
+registers are scarcest, every combination: the largest tile of the tree kernel. That is what CI compiles. ``all`` is the
+product of everything that decides registers and shared memory (attention: all but the block size; candidates: every
+feature), with the rest covered by the pairs.
 """
 
 from collections.abc import Callable, Iterator
@@ -41,8 +42,8 @@ DTYPES = {
     "fp16": (torch.float16, torch.float16),
     "fp8": (torch.bfloat16, torch.float8_e4m3fn),
 }
-# What decides registers and shared memory, beside the tile's rows.
-CRITICAL = ("tile", "block keys", "D", "dtype", "splits", "window", "causal")
+# What decides registers and shared memory.
+CRITICAL = ("tile", "group", "block keys", "D", "dtype", "splits", "window", "causal")
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ def _tiles(dim: int, dtype: str, is_draft: bool) -> Iterator[tuple[int, int, dic
     # vLLM quantises the queries too where it quantises the cache; not those of the head.
     q = torch.empty(1, 1, dim, dtype=DTYPES[dtype][0 if is_draft else 1])
     for group, rows in product(range(1, MAX_GROUP + 1), range(1, MAX_ROWS + 1)):
-        config = _paged_softmax.tile_config(rows * group, q, at_least=1 if is_draft else group)
+        config = _paged_softmax.tile_config(rows * group, q, 1 if is_draft else group)
         features = {"tile": config["BLOCK_M"], "group": _group_kind(group)}
         if is_draft:
             features["block keys"] = min(config["TILE"], max(16, triton.next_power_of_2(rows)))
@@ -255,6 +256,12 @@ def largest_tile(variants: list[Variant]) -> Variant:
     return max((v for v in variants if v.features["D"] == 128), key=lambda v: v.features["tile"])
 
 
+def largest_tiles(variants: list[Variant]) -> list[Variant]:
+    """Every combination of group, splits and window in the largest tile, in bf16 at head dimension 128."""
+    fixed = {"tile": largest_tile(variants).features["tile"], "D": 128, "dtype": "bf16", "block size": 16}
+    return [v for v in variants if fixed.items() <= v.features.items()]
+
+
 def select(capability: int, selection: str) -> list[Variant]:
     """Variants to compile for one GPU generation; selection is ``largest``, ``pairs`` or ``all``."""
     if selection == "largest":
@@ -264,6 +271,8 @@ def select(capability: int, selection: str) -> list[Variant]:
     for is_draft in (True, False):
         variants = attention_variants(capability, is_draft)
         chosen += covering_pairs(variants)
+        if not is_draft:
+            chosen += largest_tiles(variants)
         if selection == "all":
             chosen += critical_product(variants)
     return chosen

@@ -26,7 +26,7 @@ def _kernels() -> set[str]:
 @pytest.mark.parametrize("selection", ["pairs", pytest.param("all", marks=pytest.mark.slow)])
 def test_kernels_compile_without_spills(request, capability, selection):
     if selection == "all" and "slow" not in request.config.option.markexpr:
-        pytest.skip(reason="half an hour of one core per architecture: pytest -m slow")
+        pytest.skip(reason="about an hour of one core per architecture: pytest -m slow")
     records = compile_in_subprocesses(capability, selection)
     assert {record["kernel"] for record in records} == _kernels()
     problems = [problem(record) for record in records if problem(record)]

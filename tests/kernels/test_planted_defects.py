@@ -68,7 +68,7 @@ def _copy(tmp_path: Path, defect: Defect | None) -> None:
     shutil.copytree(ROOT / "kernels", package / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
     (package / "__init__.py").touch()
     (tmp_path / "tests").mkdir()
-    for name in ("conftest.py", "interpreter_bf16.py"):
+    for name in ("conftest.py", "interpreted_vllm.py", "interpreter_bf16.py"):
         shutil.copy(ROOT / "tests" / name, tmp_path / "tests" / name)
     shutil.copytree(ROOT / "tests" / "kernels", tmp_path / "tests" / "kernels")
     shutil.copy(ROOT / "pyproject.toml", tmp_path)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The import order of the package: kernels <- tree, config <- models <- {train, engine} <- {eval, prepare,
-doctor} <- cli.
+doctor} <- cli. Inside the engine: {cpu/kernels, hooks/compat} <- {ops, target_kv} <- {verify, budget} <- config <-
+{runner, draft} <- {worker, hooks/patches} <- {cpu/worker, hooks/plugin}.
 
 Why it matters: training must not need vLLM, kernels must be usable alone, and vLLM imports the package as a plugin in
 every process it starts, so that import has to stay light.
@@ -36,14 +37,14 @@ def modules(*parts: str) -> list[str]:
 
 
 def imported_names(file: Path) -> set[str]:
-    """Dotted names of everything ``file`` imports, at any depth."""
+    """Dotted names of the modules ``file`` imports or imports from, and of what it takes from them, at any depth."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{file}: relative import"
-            names.add(node.module)
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
     return names
 
 
@@ -63,6 +64,20 @@ def test_nothing_but_the_engine_loads_vllm():
     )
     assert len(names) > 4
     assert loaded_after(names, ["vllm", "vllm_kvspec.engine"]) == set()
+
+
+def test_budget_choice_and_hooks_load_without_vllm():
+    # The first can be computed with anywhere; the second is what vLLM loads in every process.
+    names = modules("engine/budget/choice.py", "engine/hooks")
+    assert loaded_after(names, ["vllm"]) == set()
+
+
+def test_only_ops_imports_the_triton_kernels():
+    # On CPU ops gives others. The twins and their types are torch alone.
+    prefix = "vllm_kvspec.kernels."
+    for file in sorted((ROOT / "vllm_kvspec" / "engine").rglob("*.py")):
+        names = {name.removeprefix(prefix) for name in imported_names(file) if name.startswith(prefix)}
+        assert file.name == "ops.py" or all(name.startswith("reference") for name in names), file
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "kernels").glob("*.py")), ids=lambda file: file.name)

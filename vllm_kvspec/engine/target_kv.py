@@ -11,7 +11,7 @@ import torch
 from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, SlidingWindowSpec
 
-from vllm_kvspec.kernels.kv_compact import kv_base_ptrs
+from vllm_kvspec.kernels.reference import kv_base_ptrs
 
 EMPTY_BLOCK_SIZE = 16
 
