@@ -236,3 +236,19 @@ def test_refused_checkpoints(target, tmp_path, change, sentence):
     change(tensors)
     with pytest.raises(ValueError, match=sentence):
         load(head.config, tensors)
+
+
+def test_weights_may_be_updated_in_chunks(target, tmp_path):
+    """As by vLLM's layerwise reload. What was made of the old weights goes."""
+    head = make_head(target, tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    spec = SimpleNamespace(draft_model_config=SimpleNamespace(hf_config=head.config))
+    config = SimpleNamespace(speculative_config=spec, model_config=SimpleNamespace(max_model_len=LENGTH))
+    model = KVSpecDraftModel(vllm_config=config)
+    model.load_weights(tensors.items())
+    before = model.transition[1](torch.eye(8))
+    changed = {name: tensor + 1 for name, tensor in tensors.items() if name.startswith(("transition_out", "norm"))}
+    for name, tensor in changed.items():
+        assert model.load_weights([(name, tensor)]) == {name}
+    assert torch.equal(model.norm.weight, changed["norm.weight"])
+    torch.testing.assert_close(model.transition[1](torch.eye(8)), before + 1)
