@@ -5,6 +5,7 @@ sliding window shorter than the text. An untrained head fits any of them; the or
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from engine_runner import PLAIN_ENGINE, TARGET, generate, spec_counters
 from requests_mix import request
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from vllm_kvspec.engine.draft.head import KVSpecAttention
+from vllm_kvspec.engine.draft.head import KVSpecAttention, cuda_kernel_of
 from vllm_kvspec.models.create import write_untrained_head
 
 COMMON = {
@@ -49,6 +50,20 @@ TARGETS = {
             "original_max_position_embeddings": 64,
         },
     },
+    # Two sets of factors, of which the served length chooses one; no kernel of its own on CUDA.
+    "phi3-longrope": {
+        "num_attention_heads": 3,
+        "num_key_value_heads": 1,
+        "original_max_position_embeddings": 128,
+        "pad_token_id": 0,
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "short_factor": [1.0] * 16,
+            "long_factor": [1.0 + 0.25 * i for i in range(16)],
+            "original_max_position_embeddings": 128,
+        },
+    },
 }
 # In keys and values of the null block. Finite, since a masked row may still be multiplied by a weight of zero.
 POISON = 1e3
@@ -78,7 +93,8 @@ def checked_positions(monkeypatch):
     forward = KVSpecAttention.forward
 
     def checked(self, hidden, positions, *rest):
-        assert int(positions.max()) < len(self.rotary_emb.cos_sin_cache)
+        tables = [table for name, table in self.rotary_emb.named_buffers() if name.endswith("cos_sin_cache")]
+        assert int(positions.max()) < min(len(table) for table in tables)
         return forward(self, hidden, positions, *rest)
 
     monkeypatch.setattr(KVSpecAttention, "forward", checked)
@@ -95,7 +111,7 @@ def test_identity(name, tmp_path, make_engine, script, same, checked_positions):
     expected = script({"engine": {"model": target, **PLAIN_ENGINE}, "batches": [batch]})["outputs"]
     sequences = [one["prompt"] + samples[0]["token_ids"] for one, samples in zip(batch, expected[0], strict=True)]
     (tmp_path / "sequences.json").write_text(json.dumps(sequences))
-    spec = {"method": "kvspec", "model": head, "num_speculative_tokens": 12}
+    spec = {"method": "kvspec", "model": head, "num_speculative_tokens": 12, "budget": "fixed"}
     oracle = {"drafter": "oracle", "oracle_file": str(tmp_path / "sequences.json")}
     with make_engine({**spec, **oracle}, model=target) as llm:
         poison_null_block(llm)
@@ -104,3 +120,15 @@ def test_identity(name, tmp_path, make_engine, script, same, checked_positions):
     with make_engine(spec, model=target) as llm:
         poison_null_block(llm)
         same(generate(llm, [batch]), expected, "head")
+
+
+def test_rotary_layers_without_a_kernel(monkeypatch):
+    """On CUDA a layer's kernel where it has one, else its torch version."""
+    from vllm.model_executor.layers.rotary_embedding import Phi3LongRoPEScaledRotaryEmbedding, RotaryEmbedding
+
+    monkeypatch.setattr("vllm_kvspec.engine.draft.head.current_platform", SimpleNamespace(is_cuda=lambda: True))
+    plain, long = (object.__new__(cls) for cls in (RotaryEmbedding, Phi3LongRoPEScaledRotaryEmbedding))
+    for layer in (plain, long):
+        torch.nn.Module.__init__(layer)
+    assert cuda_kernel_of(plain) == plain.forward_cuda
+    assert cuda_kernel_of(long) is long

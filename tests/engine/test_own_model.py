@@ -50,7 +50,7 @@ def test_prepare_train_eval_serve(tmp_path, make_engine, script, same):
     params = [{"max_tokens": 40, "temperature": t, "seed": i, "ignore_eos": True} for i, t in enumerate((0, 0, 1, 1))]
     batch = [{"prompt": prompt, "params": chosen} for prompt, chosen in zip(prompts, params, strict=True)]
     expected = script({"engine": {"model": str(target), **PLAIN_ENGINE}, "batches": [batch]})["outputs"]
-    spec = {"method": "kvspec", "model": str(head), "num_speculative_tokens": 8}
+    spec = {"method": "kvspec", "model": str(head), "num_speculative_tokens": 8, "budget": "fixed"}
     with make_engine(spec, model=str(target)) as llm:
         same(generate(llm, [batch]), expected, "trained head")
         counters = spec_counters(llm)

@@ -85,9 +85,7 @@ class KVSpecAttention(nn.Module):
         if self.q_norm is not None:
             q = self.q_norm(q.reshape(-1, self.num_heads, self.head_dim)).view(-1, q_size)
             k = self.k_norm(k.reshape(-1, self.num_kv_heads, self.head_dim)).view(-1, kv_size)
-        # The layer's own dispatch takes the torch version wherever compiled models are the default.
-        rotate = self.rotary_emb.forward_cuda if current_platform.is_cuda() else self.rotary_emb
-        q, k = rotate(positions, q, k)
+        q, k = cuda_kernel_of(self.rotary_emb)(positions, q, k)
         rows = (len(context_lens), -1)
         q = q.view(*rows, self.num_heads, self.head_dim)
         out = ops.paged_draft_attention(
@@ -107,6 +105,12 @@ class KVSpecAttention(nn.Module):
         )
         output, _ = self.o_proj(out.view(-1, q_size))
         return output
+
+
+def cuda_kernel_of(rotary_emb: nn.Module) -> Callable:
+    """On CUDA the layer's kernel: its own dispatch takes the torch version wherever compiled models are the default.
+    LongRoPE's layer has only the torch version."""
+    return getattr(rotary_emb, "forward_cuda", rotary_emb) if current_platform.is_cuda() else rotary_emb
 
 
 def one_kernel_norms():
