@@ -8,8 +8,9 @@ import hashlib
 import importlib.metadata
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import asdict
-from importlib.util import find_spec
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,9 @@ from vllm_kvspec.train.regeneration import (
 from vllm_kvspec.train.rows_file import Progress, RowsFile
 
 logger = logging.getLogger(__name__)
+
+# Without a GPU: 90,000 tokens of a small target (SmolLM2-135M in float32), 30,000 of Qwen3-8B in bfloat16.
+CPU_KV_BYTES = 4 << 30
 
 
 def prepare(
@@ -63,7 +67,7 @@ def prepare(
     if file.finished:
         logger.info("%s is finished; nothing to do.", output)
         return file.progress
-    write_rows(file, texts, plan, tokenizer, chosen, lambda: _make_writer(target_model, tokenizer, chosen))
+    write_rows(file, texts, plan, tokenizer, chosen, partial(_make_writer, target_model, tokenizer, chosen))
     if file.progress.left_out:
         counts = ", ".join(f"{count} {reason}" for reason, count in file.progress.left_out.items())
         logger.warning("Of %d prompts left out: %s.", len(plan), counts)
@@ -76,34 +80,29 @@ def _context(config: Any, settings: dict[str, Any]) -> int:
     return min([*limits, *filter(None, [settings["engine_args"].get("max_model_len")])])
 
 
-def _make_writer(target_model: str, tokenizer: Any, settings: Settings) -> Writer:
+def _make_writer(target_model: str, tokenizer: Any, settings: Settings, answered: Callable[[], None]) -> Writer:
     if settings.regenerate == "engine":
-        return engine_writer(target_model, settings)
+        return engine_writer(target_model, settings, answered)
     from vllm_kvspec.train.run import load_target
 
-    return transformers_writer(load_target(target_model)[0], tokenizer)
+    return transformers_writer(load_target(target_model)[0], tokenizer, answered)
 
 
-def engine_writer(target_model: str, settings: Settings) -> Writer:
+def engine_writer(target_model: str, settings: Settings, answered: Callable[[], None] = lambda: None) -> Writer:
     """Answers by vLLM's engine, decoding as it serves: all of softmax(logits / temperature), no top-k or top-p.
 
     The same requests give the same answers, whatever came before: each has a seed, batches are scheduled in this
-    process, and the prefix cache is emptied between them. Raises ValueError when vLLM is not installed.
+    process, and the prefix cache is emptied between them. ``answered`` is called for each. Raises ValueError when vLLM
+    is not installed.
     """
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    # Read when triton is imported, so it is too late to set it here.
-    if not torch.cuda.is_available() and find_spec("triton") and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ValueError(
-            "Without a GPU, vLLM's kernels need Triton's interpreter, found TRITON_INTERPRET unset; set "
-            "TRITON_INTERPRET=1 or use --regenerate transformers."
-        )
     try:
         from vllm import LLM, SamplingParams
     except ImportError as error:
         raise ValueError(
             f"Regeneration by the engine needs vLLM, found none ({error}); install it or use --regenerate transformers."
         ) from error
-    arguments = {"max_model_len": settings.max_length, "seed": settings.seed} | settings.engine_args
+    arguments = {"max_model_len": settings.max_length, "seed": settings.seed} | _cpu_defaults() | settings.engine_args
     llm = LLM(target_model, **arguments)
 
     def write(requests: list[Request]) -> list[Answer]:
@@ -112,11 +111,30 @@ def engine_writer(target_model: str, settings: Settings) -> Writer:
             SamplingParams(temperature=r.temperature, seed=r.seed, max_tokens=r.max_new_tokens, detokenize=False)
             for r in requests
         ]
-        prompts = [{"prompt_token_ids": request.prompt} for request in requests]
-        outputs = [output.outputs[0] for output in llm.generate(prompts, params, use_tqdm=False)]
-        return [Answer(list(o.token_ids), finished=o.finish_reason == "stop") for o in outputs]
+        llm.enqueue([{"prompt_token_ids": request.prompt} for request in requests], params, use_tqdm=False)
+        # What llm.generate does, but for its bar, which counts one call.
+        answers: dict[int, Answer] = {}
+        while llm.llm_engine.has_unfinished_requests():
+            for output in filter(lambda output: output.finished, llm.llm_engine.step()):
+                (said,) = output.outputs
+                answers[int(output.request_id)] = Answer(list(said.token_ids), finished=said.finish_reason == "stop")
+                answered()
+        return [answers[request_id] for request_id in sorted(answers)]
 
     return write
+
+
+def _cpu_defaults() -> dict[str, Any]:
+    """Engine arguments without a GPU, where vLLM alone would claim most of the machine's memory and compile for a run.
+
+    It decodes up to 256 requests at a time anyway; those for which there is no KV room wait.
+    """
+    if torch.cuda.is_available():
+        return {}
+    import psutil
+
+    room = min(CPU_KV_BYTES, psutil.virtual_memory().available // 4)
+    return {"enforce_eager": True, "kv_cache_memory_bytes": room}
 
 
 def _vllm_version() -> str | None:

@@ -25,10 +25,9 @@ def test_prepare_train_eval_serve(tmp_path, make_engine, script, same):
     texts = own_model_target.write_texts(tmp_path)
     target = own_model_target.write_target(tmp_path / "target", texts, TARGET_STEPS)
     rows, head = tmp_path / "rows.jsonl", tmp_path / "head"
-    # vLLM writing the rows is test_prepare.py's; its interpreted sampler would take minutes for this many.
     kvspec(
         "prepare", "--target_model", target, "--data_path", texts, "--output", rows, "--num_prompts", 96,
-        "--prompt_length", 32, "--max_new_tokens", 48, "--regenerate", "transformers",
+        "--prompt_length", 32, "--max_new_tokens", 48,
     )  # fmt: skip
     kvspec(
         "train", "--target_model", target, "--data_path", rows, "--output_dir", head, "--num_layers", 2,

@@ -12,7 +12,8 @@ from vllm_kvspec import prepare as prepare_module
 from vllm_kvspec.cli import main
 from vllm_kvspec.train.data import load_rows
 
-ENGINE = {"dtype": "float32", "enforce_eager": True, "max_num_seqs": 4, "kv_cache_memory_bytes": 32 << 20}
+# Everything else as the command chooses it.
+ENGINE = {"dtype": "float32"} | ({"kv_cache_memory_bytes": 32 << 20} if torch.cuda.is_available() else {})
 TEXTS = [
     {"text": "import os\nimport sys\n\n\ndef main(argv):\n    for name in argv:\n        print(name)\n"},
     {"messages": [{"role": "user", "content": "What does copy.copy(x) do?"}]},

@@ -4,6 +4,7 @@
 Most tests put a scripted writer in the target's place, so that what it "says" is known token by token.
 """
 
+import io
 import json
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from vllm_kvspec.cli import main
 from vllm_kvspec.config import tokenizer_sha256
 from vllm_kvspec.train.conversations import normalize
 from vllm_kvspec.train.data import collate, load_rows, load_texts
-from vllm_kvspec.train.regeneration import Answer, Dialogue, Settings, plan_prompts, regenerate
+from vllm_kvspec.train.regeneration import Answer, Dialogue, PromptBar, Settings, plan_prompts, regenerate
 
 WORDS = ["<eos>", "<pad>", "<user>", "<assistant>", "<system>", *"abcdefghij"]
 END = 0
@@ -238,6 +239,24 @@ def test_draws_take_a_chat_once_and_long_texts_often():
     assert plan == plan_prompts(texts, 20, seed=3) != plan_prompts(texts, 20, seed=4)
     assert plan_prompts(texts, None, seed=3) == [0, 1]
     assert plan_prompts(texts.select([1]), 20, seed=3) == [0]
+
+
+def test_the_bar_moves_with_every_answer():
+    seen = []
+    with PromptBar(total=5, initial=1, disable=False, file=io.StringIO()) as bar:
+        bar.start_batch([dialogue(chat("a")), dialogue(chat("a", "b", "c", "d", "e"))])
+        for _ in range(4):
+            bar.answered()
+            seen.append(bar.n)
+        assert seen == [1.5, 2.0, 2.5, 3.0]
+        # One answer more than turns does not reach into the next batch; fewer are made up for.
+        bar.answered()
+        assert bar.n == 3.0
+        bar.start_batch([dialogue(chat("a", "b", "c"))])
+        bar.answered()
+        bar.finish(4)
+        assert bar.n == 4
+    assert " 4/5 [" in bar.fp.getvalue()
 
 
 CHATS = [{"messages": chat(first)} for first in "abcdefg"]

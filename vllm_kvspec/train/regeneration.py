@@ -157,8 +157,10 @@ def regenerate(dialogues: list[Dialogue], write: Writer) -> None:
         dialogues = [dialogue for dialogue, _ in waiting]
 
 
-def transformers_writer(target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Writer:
-    """Answers by transformers' own generation, for where vLLM is not installed."""
+def transformers_writer(
+    target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, answered: Callable[[], None] = lambda: None
+) -> Writer:
+    """Answers by transformers' own generation, for where vLLM is not installed; ``answered`` is called for each."""
 
     def write(requests: list[Request]) -> list[Answer]:
         answers: dict[int, Answer] = {}
@@ -172,6 +174,7 @@ def transformers_writer(target: PreTrainedModel, tokenizer: PreTrainedTokenizerB
             for i, ids in zip(group, texts, strict=True):
                 tokens = ids[len(requests[i].prompt) :][: requests[i].max_new_tokens]
                 answers[i] = Answer(tokens, finished=tokens[-1] in ends)
+                answered()
         return [answers[i] for i in range(len(requests))]
 
     return write
@@ -236,34 +239,56 @@ def check_template(tokenizer: PreTrainedTokenizerBase, regenerate: str) -> None:
         )
 
 
+class PromptBar(tqdm):
+    """Counts prompts, and moves with every answer; a batch of prompts may take minutes."""
+
+    def __init__(self, *args, **kwargs):
+        # Parts of prompts are shown as whole ones.
+        shape = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total} [{elapsed}<{remaining}{postfix}]"
+        super().__init__(*args, bar_format=shape, **kwargs)
+        self.share = self.batch_end = 0.0
+
+    def start_batch(self, dialogues: list[Dialogue]) -> None:
+        self.batch_end = round(self.n) + len(dialogues)
+        self.share = len(dialogues) / max(1, sum(len(dialogue.turns) for dialogue in dialogues))
+
+    def answered(self) -> None:
+        self.update(min(self.share, self.batch_end - self.n))
+
+    def finish(self, prompts: int) -> None:
+        """All of the first ``prompts`` are done; a chat that ended early had fewer answers than turns."""
+        self.update(prompts - self.n)
+
+
 def write_rows(
     file: RowsFile,
     texts: Dataset,
     plan: list[int],
     tokenizer: PreTrainedTokenizerBase,
     settings: Settings,
-    make_writer: Callable[[], Writer],
+    make_writer: Callable[[Callable[[], None]], Writer],
 ) -> None:
     """Write the rows of ``plan`` (indices of ``texts``), going on where ``file`` ends.
 
-    ``make_writer`` is called when the first usable prompt is found: an engine takes a minute to start. Raises
-    ValueError when no text gives a row.
+    ``make_writer`` is called when the first usable prompt is found: an engine takes a minute to start. Its argument is
+    to be called for every answer. Raises ValueError when no text gives a row.
     """
-    writer = functools.cache(make_writer)
     first, step = file.progress.prompts, settings.batch_size
-    with tqdm(total=len(plan), initial=first, desc="prepare", unit="prompt") as bar:
+    with PromptBar(total=len(plan), initial=first, desc="prepare") as bar:
+        writer = functools.cache(lambda: make_writer(bar.answered))
         for start in range(first, len(plan), step):
             chosen = list(enumerate(plan[start : start + step], start))
             if settings.regenerate == "none":
                 found = [given_rows(texts[i], tokenizer, settings) for _, i in chosen]
             else:
                 dialogues = [Dialogue(texts[i], number, tokenizer, settings) for number, i in chosen]
+                bar.start_batch(dialogues)
                 regenerate(dialogues, lambda requests: writer()(requests))
                 found = [(dialogue.rows, dialogue.problem) for dialogue in dialogues]
             rows = [row for part, _ in found for row in part]
             left_out = Counter(problem for part, problem in found if not part)
             file.append(rows, start + len(chosen), left_out)
-            bar.update(len(chosen))
+            bar.finish(start + len(chosen))
             bar.set_postfix(rows=file.progress.rows, tokens=file.progress.learned_tokens)
     if not file.progress.rows:
         counts = ", ".join(f"{count} {reason}" for reason, count in file.progress.left_out.items())
