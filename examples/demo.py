@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Serve the tiny target with and without speculation, send both servers the same requests, and compare.
+"""Serve the tiny target with and without speculation, send the servers the same requests, and compare.
 
     make demo
     python examples/demo.py --num-speculative-tokens 32 --max-tokens 96
@@ -7,7 +7,9 @@
 Every text (and every token id) must be identical, at temperature 0 and at 0.8 with seeds; the exit status is 1 when
 one is not. What speculation saved is read from vLLM's own /metrics. Prints tables and writes ``demo.json``.
 
-Times are of this machine and, without a GPU, of Triton's interpreter: compare engine steps, not seconds.
+Without a GPU there are two engines without speculation. vLLM serves natively on its older V1 runner: the one to beat in
+tokens per second, and at temperature 0 in its text. It draws other random numbers than Model Runner V2, which vLLM uses
+on a GPU and kvspec everywhere; so what sampled text must equal is plain V2, on our compiled kernels.
 """
 
 import argparse
@@ -33,8 +35,9 @@ from rich.console import Console
 from rich.table import Table
 
 EXAMPLES = Path(__file__).resolve().parent
-# An interpreted engine step takes tenths of a second; a server that is silent for longer is stuck.
-REQUEST_TIMEOUT_S = 300
+# A server that is silent for longer is stuck.
+REQUEST_TIMEOUT_S = 120
+PLAIN_V2_ON_CPU = "vllm_kvspec.engine.cpu.worker.PlainV2CPUWorker"
 STOP_TIMEOUT_S = 20
 DRAFTS = "vllm:spec_decode_num_drafts_total"
 DRAFT_TOKENS = "vllm:spec_decode_num_draft_tokens_total"
@@ -78,24 +81,20 @@ def has_gpu() -> bool:
 
 
 def server_environment(*models: str) -> dict[str, str]:
-    """This process's environment for a server of ``models``; without a GPU, kernels are interpreted."""
+    """This process's environment for a server of ``models``."""
     environment = {"VLLM_NO_USAGE_STATS": "1", **os.environ}
     if all(Path(model).is_dir() for model in models):
         environment.setdefault("HF_HUB_OFFLINE", "1")
-    if not has_gpu():
-        environment.setdefault("TRITON_INTERPRET", "1")
     return environment
 
 
-def serve_command(target: str, speculative_config: dict | None) -> list[str]:
-    """Small and exact: float32 makes the two servers' logits agree far below any gap between tokens."""
+def serve_command(target: str, *flags: str) -> list[str]:
+    """Small and exact: float32 makes the servers' logits agree far below any gap between tokens."""
     command = [str(Path(sys.executable).with_name("vllm")), "serve", target, "--served-model-name", "target"]
     command += ["--host", "127.0.0.1", "--dtype", "float32", "--max-model-len", "512", "--max-num-seqs", "8"]
     if not has_gpu():
         command += ["--enforce-eager", "--kv-cache-memory-bytes", "268435456"]
-    if speculative_config is not None:
-        command += ["--speculative-config", json.dumps(speculative_config)]
-    return command
+    return [*command, *flags]
 
 
 class Server:
@@ -246,11 +245,11 @@ def load_requests(path: Path, count: int) -> list[Request]:
     ]
 
 
-def run(name: str, target: str, speculative_config: dict | None, requests: list[Request], args) -> list[Reply]:
-    """All replies of one server, asked one request at a time."""
+def run(name: str, requests: list[Request], args, *flags: str) -> tuple[list[Reply], float]:
+    """All replies of one server, asked one request at a time, and its tokens per second at temperature 0."""
     console = Console()
-    command = serve_command(target, speculative_config)
-    models = (target, args.draft)
+    command = serve_command(args.target, *flags)
+    models = (args.target, args.draft)
     with console.status(f"starting {name} ..."), Server(command, models, args.timeout) as server:
         # The first request pays for lazy set-up.
         server.ask(requests[0], 2)
@@ -258,7 +257,20 @@ def run(name: str, target: str, speculative_config: dict | None, requests: list[
         for i, request in enumerate(requests):
             console.log(f"{name}: request {i + 1} of {len(requests)}")
             replies.append(server.ask(request, args.max_tokens))
-        return replies
+        return replies, greedy_rate(server, requests, args)
+
+
+def greedy_rate(server: Server, requests: list[Request], args) -> float:
+    """Tokens per second over the requests at temperature 0, one at a time; of each request the fastest repetition."""
+    tokens = seconds = 0.0
+    for request in (request for request in requests if request.temperature == 0):
+        times = []
+        for _ in range(args.repeats):
+            start = time.perf_counter()
+            _, token_ids = send(server.client, request, args.max_tokens)
+            times.append(time.perf_counter() - start)
+        tokens, seconds = tokens + len(token_ids), seconds + min(times)
+    return tokens / seconds if seconds else 0.0
 
 
 def tau(metrics: Counter) -> float | None:
@@ -266,16 +278,16 @@ def tau(metrics: Counter) -> float | None:
     return 1 + metrics[ACCEPTED] / metrics[DRAFTS] if metrics[DRAFTS] else None
 
 
-def summarise(replies: list[Reply]) -> dict:
+def summarise(replies: list[Reply], greedy_tokens_per_second: float | None = None) -> dict:
     total = sum((reply.metrics for reply in replies), Counter())
-    tokens, seconds = sum(len(r.token_ids) for r in replies), sum(r.seconds for r in replies)
+    tokens = sum(len(reply.token_ids) for reply in replies)
     depths = sorted(key[1] for key in total if isinstance(key, tuple))
     return {
         "requests": len(replies),
         "tokens": tokens,
         "engine_steps": total[ENGINE_STEPS],
-        "seconds": round(seconds, 3),
-        "tokens_per_second": round(tokens / seconds, 2),
+        "seconds": round(sum(reply.seconds for reply in replies), 3),
+        "greedy_tokens_per_second": greedy_tokens_per_second,
         "drafts": total[DRAFTS],
         "draft_tokens": total[DRAFT_TOKENS],
         "accepted_tokens": total[ACCEPTED],
@@ -284,12 +296,13 @@ def summarise(replies: list[Reply]) -> dict:
     }
 
 
-def request_table(requests: list[Request], plain: list[Reply], kvspec: list[Reply], method: str) -> Table:
+def request_table(
+    requests: list[Request], rows: list[dict], plain: list[Reply], kvspec: list[Reply], method: str
+) -> Table:
     table = Table(title="the same requests, without and with speculation")
     for column in ("#", "request", "source", "T", "tokens", "steps plain", f"steps {method}", "tau", "identical"):
         table.add_column(column, justify="left" if column in ("request", "source") else "right")
-    for i, (request, a, b) in enumerate(zip(requests, plain, kvspec, strict=True)):
-        same = identical(a, b)
+    for i, (request, row, a, b) in enumerate(zip(requests, rows, plain, kvspec, strict=True)):
         length = tau(b.metrics)
         table.add_row(
             str(i),
@@ -300,23 +313,28 @@ def request_table(requests: list[Request], plain: list[Reply], kvspec: list[Repl
             str(a.metrics[ENGINE_STEPS]),
             str(b.metrics[ENGINE_STEPS]),
             "-" if length is None else f"{length:.2f}",
-            "[green]yes[/]" if same else "[bold red]NO[/]",
+            "[green]yes[/]" if row["identical"] else "[bold red]NO[/]",
         )
     return table
 
 
-def summary_table(plain: dict, kvspec: dict, by_temperature: dict[str, dict], method: str) -> Table:
+def summary_table(engines: dict[str, dict], by_temperature: dict[str, dict]) -> Table:
+    """``engines``: summaries by name; the last one speculates, and the first is what vLLM serves with."""
+    *plain, last = engines.values()
     table = Table(title="summary")
     table.add_column("")
-    table.add_column("plain", justify="right")
-    table.add_column(method, justify="right")
-    table.add_row("tokens", str(plain["tokens"]), str(kvspec["tokens"]))
-    table.add_row("engine steps", str(plain["engine_steps"]), str(kvspec["engine_steps"]))
-    for name, summary in {"all": kvspec, **by_temperature}.items():
-        table.add_row(f"tau = 1 + accepted / drafts, {name}", "1", f"{summary['tau'] or 1:.2f}")
-    depths = [rate for rate in kvspec["acceptance_per_depth"] if rate > 0]
-    table.add_row("drafts accepted to depth 1, 2, ...", "-", " ".join(f"{rate:.2f}" for rate in depths) or "-")
-    table.add_row("tokens/s here", f"{plain['tokens_per_second']:.1f}", f"{kvspec['tokens_per_second']:.1f}")
+    for name in engines:
+        table.add_column(name, justify="right")
+    for key in ("tokens", "engine_steps"):
+        table.add_row(key.replace("_", " "), *(str(summary[key]) for summary in engines.values()))
+    for name, summary in {"all": last, **by_temperature}.items():
+        table.add_row(f"tau = 1 + accepted / drafts, {name}", *("1" for _ in plain), f"{summary['tau'] or 1:.2f}")
+    depths = [rate for rate in last["acceptance_per_depth"] if rate > 0]
+    row = " ".join(f"{rate:.2f}" for rate in depths) or "-"
+    table.add_row("drafts accepted to depth 1, 2, ...", *("-" for _ in plain), row)
+    rates = [summary["greedy_tokens_per_second"] for summary in engines.values()]
+    table.add_row("tokens/s here, T=0", *(f"{rate:.0f}" for rate in rates))
+    table.add_row("ratio", *(f"{rate / rates[0]:.2f}" for rate in rates))
     return table
 
 
@@ -324,8 +342,13 @@ def identical(a: Reply, b: Reply) -> bool:
     return bool(a.token_ids) and a.text == b.text and a.token_ids == b.token_ids
 
 
-def report(requests: list[Request], plain: list[Reply], kvspec: list[Reply], args) -> bool:
-    """Print the tables, write the file; whether every answer was identical and something was drafted."""
+def report(requests: list[Request], runs: dict[str, tuple[list[Reply], float]], args) -> bool:
+    """Print the tables, write the file; whether every answer was identical and something was drafted.
+
+    ``runs``: replies and greedy tokens per second by engine; the last one speculates, the one before has its noise.
+    """
+    engines = {name: summarise(*run) for name, run in runs.items()}
+    plain, kvspec = (replies for replies, _ in list(runs.values())[-2:])
     temperatures = sorted({request.temperature for request in requests})
     by_temperature = {
         f"T={t:g}": summarise(
@@ -333,34 +356,44 @@ def report(requests: list[Request], plain: list[Reply], kvspec: list[Reply], arg
         )
         for t in temperatures
     }
+    native = runs["native"][0] if "native" in runs else plain
     rows = [
-        {**asdict(request), "identical": identical(a, b), "text": b.text, "plain_text": a.text, "tau": tau(b.metrics)}
-        for request, a, b in zip(requests, plain, kvspec, strict=True)
+        {
+            **asdict(request),
+            # The native engine's noise is its own.
+            "identical": identical(a, b) and (request.temperature > 0 or identical(c, b)),
+            "text": b.text,
+            "plain_text": a.text,
+            "tau": tau(b.metrics),
+        }
+        for request, a, b, c in zip(requests, plain, kvspec, native, strict=True)
     ]
     result = {
         "target": args.target,
         "speculative_config": speculative_config(args),
-        "device": "gpu" if has_gpu() else "cpu, Triton interpreter",
-        "plain": summarise(plain),
-        "kvspec": summarise(kvspec),
-        "kvspec_by_temperature": by_temperature,
+        "device": "gpu" if has_gpu() else "cpu",
+        "engines": engines,
+        f"{args.method}_by_temperature": by_temperature,
         "requests": rows,
     }
     args.output.write_text(json.dumps(result, indent=2) + "\n")
     console = Console(width=max(Console().width, 110))
-    console.print(request_table(requests, plain, kvspec, args.method))
-    console.print(summary_table(result["plain"], result["kvspec"], by_temperature, args.method))
+    console.print(request_table(requests, rows, plain, kvspec, args.method))
+    console.print(summary_table(engines, by_temperature))
     same = sum(row["identical"] for row in rows)
     console.print(f"{same} of {len(rows)} answers identical; details in {args.output}")
-    if result["kvspec"]["drafts"] == 0:
+    drafts = engines[args.method]["drafts"]
+    if drafts == 0:
         console.print("[bold red]nothing was drafted: speculation did not run[/]")
-    return same == len(rows) and result["kvspec"]["drafts"] > 0
+    return same == len(rows) and drafts > 0
 
 
 def speculative_config(args) -> dict:
     config = {"method": args.method, "num_speculative_tokens": args.num_speculative_tokens}
     if args.method != "ngram":
         config["model"] = args.draft
+    if args.method == "kvspec":
+        config["budget"] = args.budget
     return config
 
 
@@ -370,6 +403,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--draft", default=str(EXAMPLES / "tiny/draft"))
     parser.add_argument("--method", default="kvspec", help="any method that vLLM knows, for comparison")
     parser.add_argument("--num-speculative-tokens", type=int, default=16)
+    parser.add_argument("--budget", default="fixed", choices=("fixed", "auto"), help="auto is what a server does")
+    parser.add_argument("--repeats", type=int, default=3, help="of each timed request")
     parser.add_argument("--prompts", type=Path, default=EXAMPLES / "prompts.jsonl")
     parser.add_argument("--requests", type=int, default=12)
     parser.add_argument("--max-tokens", type=int, default=64)
@@ -386,9 +421,10 @@ def main() -> int:
         if EXAMPLES in Path(model).parents and not Path(model, "config.json").exists():
             raise RuntimeError(f"{model} must hold a checkpoint; found none. Run `make tiny` to train the tiny pair.")
     requests = load_requests(args.prompts, args.requests)
-    kvspec = run(args.method, args.target, speculative_config(args), requests, args)
-    plain = run("plain", args.target, None, requests, args)
-    return 0 if report(requests, plain, kvspec, args) else 1
+    plain = {"plain": ()} if has_gpu() else {"native": (), "plain V2": ("--worker-cls", PLAIN_V2_ON_CPU)}
+    engines = {**plain, args.method: ("--speculative-config", json.dumps(speculative_config(args)))}
+    runs = {name: run(name, requests, args, *flags) for name, flags in engines.items()}
+    return 0 if report(requests, runs, args) else 1
 
 
 if __name__ == "__main__":
