@@ -2,7 +2,7 @@
 """Generate without a server: ``LLM(...).generate`` with a kvspec head, then the acceptance length.
 
 python examples/offline_generate.py
-python examples/offline_generate.py --no-spec          # the same texts, one step per token
+python examples/offline_generate.py --no-spec          # the same texts, one step per token (on CPU: at temperature 0)
 python examples/offline_generate.py --target Qwen/Qwen3-8B --draft ./head --prompt "Once upon a time"
 """
 

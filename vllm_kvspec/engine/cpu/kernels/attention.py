@@ -314,7 +314,7 @@ def paged_draft_attention(q, k_cache, v_cache, block_table, context_lens, k_bloc
         )
     _draft_attention(
         flat(q.contiguous()), flat(k_cache), flat(v_cache), flat(k_block.contiguous()), flat(v_block.contiguous()),
-        flat(out), flat(block_table), flat(context_lens), q.shape[0], q.shape[1], block_table.stride(0),
+        flat(out), flat(block_table), flat(context_lens.contiguous()), q.shape[0], q.shape[1], block_table.stride(0),
         *_layout(k_cache, q.shape[2]), options["scale"], options.get("sliding_window", 0),
         int(options.get("causal", False)),
     )  # fmt: skip
