@@ -200,6 +200,24 @@ def _rope_parameters(config: Any) -> dict[str, Any]:
     return {key: value for key, value in rope.items() if value is not None}
 
 
+def unsupported_attention(target_config: Any) -> str | None:
+    """What of the target's attention neither heads nor the tree kernel compute, in a few words, or None.
+
+    ``target_config`` is the target's Hugging Face text config.
+    """
+    if getattr(target_config, "attn_logit_softcapping", None):
+        return "soft-capped attention"
+    if getattr(target_config, "model_type", None) == "gpt_oss":
+        return "attention sinks"
+    if getattr(target_config, "alibi", False) or getattr(target_config, "model_type", None) in ("bloom", "mpt"):
+        return "ALiBi positions"
+    rope = _rope_parameters(target_config)
+    if any(isinstance(value, dict) for value in rope.values()):
+        return "other rotary positions in layers of another type"
+    # Published configurations leave the older default out; those without rotary positions know no such key.
+    return None if "rope_theta" in rope else "no rotary positions in its configuration"
+
+
 def target_fingerprint(target_config: Any, tokenizer: Any | None) -> dict[str, Any]:
     """What a head depends on in its target.
 

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from engine_runner import HEAD, TARGET
+from transformers import AutoConfig
 from vllm.config import SpeculativeConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
@@ -166,6 +167,14 @@ def test_a_head_is_served_by_its_name(tmp_path, monkeypatch):
     assert Path(config.model_config.model) == Path(TARGET)
     assert config.speculative_config.method == "kvspec"
     assert Path(config.speculative_config.model) == Path(HEAD)
+
+
+def test_an_attention_that_no_head_fits_is_refused_before_anything_is_loaded(tmp_path):
+    target = Path(shutil.copytree(TARGET, tmp_path / "target", ignore=shutil.ignore_patterns("*.safetensors")))
+    shape = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 2, "head_dim": 32, "vocab_size": 4096}
+    AutoConfig.for_model("gemma2", **shape, architectures=["Gemma2ForCausalLM"]).save_pretrained(target)
+    with pytest.raises(ValueError, match="has soft-capped attention"):
+        EngineArgs(model=str(target), dtype="float32", speculative_config=kvspec()).create_engine_config()
 
 
 def test_pooling_is_refused():

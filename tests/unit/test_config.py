@@ -8,7 +8,13 @@ import sys
 import pytest
 from transformers import AutoConfig, LlamaConfig, Qwen3Config
 
-from vllm_kvspec.config import SPECULATORS_KEYS, KVSpecDraftConfig, check_fingerprint, target_fingerprint
+from vllm_kvspec.config import (
+    SPECULATORS_KEYS,
+    KVSpecDraftConfig,
+    check_fingerprint,
+    target_fingerprint,
+    unsupported_attention,
+)
 from vllm_kvspec.models.draft_head import default_kv_layer_ids, head_config_for
 
 
@@ -87,6 +93,31 @@ def test_fingerprint_of_a_config_without_optional_fields():
     assert found["rope_parameters"] == {"rope_type": "default", "rope_theta": 10000.0}
     llama = LlamaConfig(hidden_size=64, num_attention_heads=4, num_hidden_layers=2, vocab_size=10)
     assert target_fingerprint(llama, None)["rope_parameters"]["rope_theta"] == 10000.0
+
+
+@pytest.mark.parametrize(
+    ("model_type", "reason"),
+    [
+        ("gemma2", "soft-capped attention"),
+        ("gpt_oss", "attention sinks"),
+        ("bloom", "ALiBi positions"),
+        ("opt", "no rotary positions in its configuration"),
+        ("gemma3_text", "other rotary positions in layers of another type"),
+        ("olmo3", "other rotary positions in layers of another type"),
+    ],
+)
+def test_targets_that_no_head_fits(model_type, reason):
+    config = AutoConfig.for_model(model_type)
+    assert unsupported_attention(config) == reason
+    with pytest.raises(ValueError, match=f"{model_type} has {reason}"):
+        head_config_for(config)
+
+
+@pytest.mark.parametrize(
+    "model_type", ["llama", "qwen3", "phi3", "gpt_neox", "smollm3", "cohere2", "olmo2", "glm4_moe"]
+)
+def test_targets_that_heads_fit(model_type):
+    assert unsupported_attention(AutoConfig.for_model(model_type)) is None
 
 
 def test_check_accepts_the_same_target_elsewhere(target_config):

@@ -39,7 +39,7 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RMSNorm, Qwen3RotaryEmbedding
 
-from vllm_kvspec.config import KVSpecDraftConfig, target_fingerprint
+from vllm_kvspec.config import KVSpecDraftConfig, target_fingerprint, unsupported_attention
 from vllm_kvspec.models.attention import GatedAttention, KVSpecAttention, ZeroLinear
 from vllm_kvspec.models.target import TargetView, at_positions
 
@@ -254,6 +254,12 @@ def head_config_for(target_config, tokenizer=None, **overrides) -> KVSpecDraftCo
 
     ``target_config`` is the target's Hugging Face text config, ``tokenizer`` its tokenizer or None.
     """
+    if reason := unsupported_attention(target_config):
+        name = getattr(target_config, "name_or_path", "") or target_config.model_type
+        raise ValueError(
+            f"A kvspec head attends to the target's KV cache as the target does, with rotary positions that all layers "
+            f"share; {name} has {reason}. Use another target, or serve it with another method."
+        )
     found = target_fingerprint(target_config, tokenizer)
     fields = {
         "num_hidden_layers": 3,

@@ -10,7 +10,12 @@ from vllm.config import ModelConfig, ParallelConfig
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import resolve_kv_cache_dtype_string
 
-from vllm_kvspec.config import KVSpecDraftConfig, check_fingerprint, target_fingerprint
+from vllm_kvspec.config import (
+    KVSpecDraftConfig,
+    check_fingerprint,
+    target_fingerprint,
+    unsupported_attention,
+)
 
 CUDA_WORKER = "vllm_kvspec.engine.worker.KVSpecWorker"
 CPU_WORKER = "vllm_kvspec.engine.cpu.worker.KVSpecCPUWorker"
@@ -38,7 +43,7 @@ def refuse_engine_options(engine_args: Any, model: ModelConfig, parallel: Parall
         if model.is_mm_prefix_lm
         else f"--runner {model.runner_type}"
         if model.runner_type != "generate"
-        else None
+        else unsupported_attention(model.hf_text_config)
     )
     if model_kind:
         raise ValueError(
