@@ -90,6 +90,17 @@ RUNNER_CONTRACT = {
         )
     },
     ("vllm.v1.worker.gpu.model_runner", "sort_batch_req_ids"): ("num_tokens_per_req", "draft_tokens"),
+    ("vllm.v1.worker.gpu.sample.sampler", "Sampler.get_logprobs_dims"): ("self", "idx_mapping_np"),
+    ("vllm.v1.worker.gpu.sample.logprob", "compute_topk_scores"): (
+        "logits",
+        "num_logprobs",
+        "sampled_token_ids",
+        "cu_num_logits",
+        "logprob_token_ids_state",
+        "expanded_idx_mapping",
+        "max_per_req_token_ids",
+        "logits_mode",
+    ),
     ("vllm.v1.worker.gpu.sample.gumbel", "gumbel_sample"): (
         "logits",
         "expanded_idx_mapping",
