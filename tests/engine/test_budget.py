@@ -283,3 +283,14 @@ def test_next_to_no_acceptance_is_said_once(accepted, warns, monkeypatch):
     assert len(said) == warns
     if warns:
         assert f"of the first 200 drafts only {accepted} tokens" in said[0]
+
+
+def test_two_ranks_time_the_same_steps(spec, script, reference, same):
+    """A rank that timed one batch more than the other would wait for it at start, forever."""
+    engine = {
+        "speculative_config": spec(4, budget="auto"),
+        "tensor_parallel_size": 2,
+        "kv_cache_memory_bytes": 32 << 20,
+    }
+    result = script({"engine": engine, "batches": [BATCHES["greedy"]()]}, multiprocessing=True)
+    same(result["outputs"], [reference["greedy"]])

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import torch
 from vllm import SamplingParams
+from vllm.distributed import get_tp_group
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
@@ -29,6 +30,17 @@ WARM_UP_STEPS, TIMED_STEPS = 1, 3
 ROUNDS = 2
 # After a step that took longer no larger batch is timed, so that a slow device starts in seconds.
 SLOW_STEP_SECONDS = 0.15
+
+
+def slowest_rank(seconds: float) -> float:
+    """Of all tensor-parallel ranks. What is timed next depends on it, so all must see the same number: a rank that went
+    on alone would wait for the others forever."""
+    group = get_tp_group()
+    if group.world_size == 1:
+        return seconds
+    slowest = torch.tensor(seconds, dtype=torch.float64)
+    torch.distributed.all_reduce(slowest, torch.distributed.ReduceOp.MAX, group.cpu_group)
+    return slowest.item()
 
 
 class StepTimer:
@@ -69,7 +81,7 @@ class StepTimer:
         done = SchedulerOutput.make_empty()
         done.finished_req_ids = set(names)
         self.runner.execute_model(done)
-        return elapsed / TIMED_STEPS
+        return slowest_rank(elapsed / TIMED_STEPS)
 
     def _step(self, scheduler_output: SchedulerOutput) -> None:
         self.runner.execute_model(scheduler_output)
