@@ -5,14 +5,19 @@
     python examples/demo.py --num-speculative-tokens 32 --max-tokens 96
 
 Every text (and every token id) must be identical, at temperature 0 and at 0.8 with seeds; the exit status is 1 when
-one is not. What speculation saved is read from vLLM's own /metrics. Prints tables and writes ``demo.json``.
+one is not. What speculation saved is read from vLLM's own /metrics. Then the requests of temperature 0 are sent again
+for their times. Prints tables and writes ``demo.json``.
 
-Without a GPU there are two engines without speculation. vLLM serves natively on its older V1 runner: the one to beat in
-tokens per second, and at temperature 0 in its text. It draws other random numbers than Model Runner V2, which vLLM uses
-on a GPU and kvspec everywhere; so what sampled text must equal is plain V2, on our compiled kernels.
+Steps are counted with ``budget`` "fixed", which verifies a whole tree in every step, so that counts repeat. A server
+does "auto" by default, and gets times of its own ("kvspec auto").
+
+Without a GPU vLLM's own engine ("native") is the older V1 runner, whose sampling draws other noise: there texts must
+equal those of Model Runner V2 without speculation ("plain"), and native's at temperature 0. On a GPU plain is vLLM's
+own. The first start on a CPU compiles kernels for some 15 seconds; they are cached.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -27,7 +32,8 @@ import urllib.error
 import urllib.request
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from openai import OpenAI
@@ -35,10 +41,13 @@ from rich.console import Console
 from rich.table import Table
 
 EXAMPLES = Path(__file__).resolve().parent
-# A server that is silent for longer is stuck.
-REQUEST_TIMEOUT_S = 120
-PLAIN_V2_ON_CPU = "vllm_kvspec.engine.cpu.worker.PlainV2CPUWorker"
+# An engine step of the tiny target takes milliseconds, one of a large target on a CPU a second.
+REQUEST_TIMEOUT_S = 300
 STOP_TIMEOUT_S = 20
+# What Model Runner V2 without speculation is on a CPU.
+PLAIN_CPU_WORKER = "vllm_kvspec.engine.cpu.worker.PlainV2CPUWorker"
+CPU_KV_BYTES = 1 << 28
+CONCURRENCIES = (1, 4)
 DRAFTS = "vllm:spec_decode_num_drafts_total"
 DRAFT_TOKENS = "vllm:spec_decode_num_draft_tokens_total"
 ACCEPTED = "vllm:spec_decode_num_accepted_tokens_total"
@@ -93,7 +102,8 @@ def serve_command(target: str, *flags: str) -> list[str]:
     command = [str(Path(sys.executable).with_name("vllm")), "serve", target, "--served-model-name", "target"]
     command += ["--host", "127.0.0.1", "--dtype", "float32", "--max-model-len", "512", "--max-num-seqs", "8"]
     if not has_gpu():
-        command += ["--enforce-eager", "--kv-cache-memory-bytes", "268435456"]
+        # Without it vLLM claims KV room for most of the machine's memory, for each server.
+        command += ["--enforce-eager", "--kv-cache-memory-bytes", str(CPU_KV_BYTES)]
     return [*command, *flags]
 
 
@@ -188,6 +198,14 @@ class Server:
                 return Reply(text, token_ids, seconds, delta)
             time.sleep(0.05)
 
+    def tokens_per_second(self, requests: list[Request], max_tokens: int, concurrency: int) -> float:
+        """Of answers in one piece, ``concurrency`` at a time."""
+        whole = [replace(request, stream=False) for request in requests]
+        start = time.perf_counter()
+        with ThreadPoolExecutor(concurrency) as pool:
+            answers = list(pool.map(lambda request: send(self.client, request, max_tokens), whole))
+        return sum(len(token_ids) for _, token_ids in answers) / (time.perf_counter() - start)
+
 
 def parse_metrics(page: str) -> Counter:
     """Prometheus text -> counts, summed over engines."""
@@ -245,32 +263,73 @@ def load_requests(path: Path, count: int) -> list[Request]:
     ]
 
 
-def run(name: str, requests: list[Request], args, *flags: str) -> tuple[list[Reply], float]:
-    """All replies of one server, asked one request at a time, and its tokens per second at temperature 0."""
-    console = Console()
-    command = serve_command(args.target, *flags)
-    models = (args.target, args.draft)
-    with console.status(f"starting {name} ..."), Server(command, models, args.timeout) as server:
-        # The first request pays for lazy set-up.
-        server.ask(requests[0], 2)
-        replies = []
-        for i, request in enumerate(requests):
-            console.log(f"{name}: request {i + 1} of {len(requests)}")
-            replies.append(server.ask(request, args.max_tokens))
-        return replies, greedy_rate(server, requests, args)
+def engines(args) -> dict[str, list[str]]:
+    """Name -> flags of each server: the method, what its texts must equal, and others that are timed beside them."""
+
+    def speculative(**keys) -> list[str]:
+        return ["--speculative-config", json.dumps(speculative_config(args) | keys)]
+
+    if args.method != "kvspec":
+        return {args.method: speculative(), "plain": []}
+    found = {"kvspec": speculative(), "plain": [], "kvspec auto": speculative(budget="auto")}
+    if not has_gpu():
+        found |= {"plain": ["--worker-cls", PLAIN_CPU_WORKER], "native": []}
+    return found
 
 
-def greedy_rate(server: Server, requests: list[Request], args) -> float:
-    """Tokens per second over the requests at temperature 0, one at a time; of each request the fastest repetition."""
-    tokens = seconds = 0.0
-    for request in (request for request in requests if request.temperature == 0):
-        times = []
-        for _ in range(args.repeats):
-            start = time.perf_counter()
-            _, token_ids = send(server.client, request, args.max_tokens)
-            times.append(time.perf_counter() - start)
-        tokens, seconds = tokens + len(token_ids), seconds + min(times)
-    return tokens / seconds if seconds else 0.0
+@dataclass
+class Outcome:
+    """What one server answered to each request (nothing where it was not asked), and its tokens/s in every round."""
+
+    replies: list[Reply | None] = field(default_factory=list)
+    speeds: dict[int, list[float]] = field(default_factory=lambda: {n: [] for n in CONCURRENCIES})
+
+    def speed(self, concurrency: int) -> float:
+        """The fastest round's: other work on the machine only slows."""
+        return max(self.speeds[concurrency])
+
+
+def run(flags: dict[str, list[str]], requests: list[Request], args) -> dict[str, Outcome]:
+    """All outcomes. On a CPU the servers run together, which lets their times be taken in turn; a GPU holds one."""
+    outcomes = {name: Outcome() for name in flags}
+    for group in [[name] for name in flags] if has_gpu() else [list(flags)]:
+        with contextlib.ExitStack() as stack:
+            servers = {}
+            # One after another: "auto" times its steps at start.
+            for name in group:
+                server = Server(serve_command(args.target, *flags[name]), (args.target, args.draft), args.timeout)
+                with Console().status(f"starting {name} ..."):
+                    servers[name] = stack.enter_context(server)
+            for name, server in servers.items():
+                outcomes[name].replies = ask_all(name, server, requests, args)
+            measure(servers, outcomes, requests, args)
+    return outcomes
+
+
+def ask_all(name: str, server: Server, requests: list[Request], args) -> list[Reply | None]:
+    """Replies of one server, asked one request at a time; of servers that are only timed, at temperature 0 alone."""
+    # The first request pays for lazy set-up.
+    server.ask(requests[0], 2)
+    replies: list[Reply | None] = []
+    for i, request in enumerate(requests):
+        if request.temperature > 0 and name not in (args.method, "plain"):
+            replies.append(None)
+            continue
+        Console().log(f"{name}: request {i + 1} of {len(requests)}")
+        replies.append(server.ask(request, args.max_tokens))
+    return replies
+
+
+def measure(servers: dict[str, Server], outcomes: dict[str, Outcome], requests: list[Request], args) -> None:
+    """Times at temperature 0, in rounds of all servers in turn, so that a busy moment does not hit the same one."""
+    greedy = [request for request in requests if request.temperature == 0]
+    for concurrency in CONCURRENCIES:
+        for number in range(args.repeats + 1):
+            for name, server in servers.items():
+                speed = server.tokens_per_second(greedy, args.max_tokens, concurrency)
+                # The first one fills caches.
+                if number:
+                    outcomes[name].speeds[concurrency].append(speed)
 
 
 def tau(metrics: Counter) -> float | None:
@@ -278,16 +337,14 @@ def tau(metrics: Counter) -> float | None:
     return 1 + metrics[ACCEPTED] / metrics[DRAFTS] if metrics[DRAFTS] else None
 
 
-def summarise(replies: list[Reply], greedy_tokens_per_second: float | None = None) -> dict:
+def summarise(replies: list[Reply]) -> dict:
     total = sum((reply.metrics for reply in replies), Counter())
-    tokens = sum(len(reply.token_ids) for reply in replies)
     depths = sorted(key[1] for key in total if isinstance(key, tuple))
     return {
         "requests": len(replies),
-        "tokens": tokens,
+        "tokens": sum(len(reply.token_ids) for reply in replies),
         "engine_steps": total[ENGINE_STEPS],
         "seconds": round(sum(reply.seconds for reply in replies), 3),
-        "greedy_tokens_per_second": greedy_tokens_per_second,
         "drafts": total[DRAFTS],
         "draft_tokens": total[DRAFT_TOKENS],
         "accepted_tokens": total[ACCEPTED],
@@ -297,12 +354,12 @@ def summarise(replies: list[Reply], greedy_tokens_per_second: float | None = Non
 
 
 def request_table(
-    requests: list[Request], rows: list[dict], plain: list[Reply], kvspec: list[Reply], method: str
+    requests: list[Request], plain: list[Reply], kvspec: list[Reply], same: list[bool], method: str
 ) -> Table:
     table = Table(title="the same requests, without and with speculation")
     for column in ("#", "request", "source", "T", "tokens", "steps plain", f"steps {method}", "tau", "identical"):
         table.add_column(column, justify="left" if column in ("request", "source") else "right")
-    for i, (request, row, a, b) in enumerate(zip(requests, rows, plain, kvspec, strict=True)):
+    for i, (request, a, b, equal) in enumerate(zip(requests, plain, kvspec, same, strict=True)):
         length = tau(b.metrics)
         table.add_row(
             str(i),
@@ -313,28 +370,31 @@ def request_table(
             str(a.metrics[ENGINE_STEPS]),
             str(b.metrics[ENGINE_STEPS]),
             "-" if length is None else f"{length:.2f}",
-            "[green]yes[/]" if row["identical"] else "[bold red]NO[/]",
+            "[green]yes[/]" if equal else "[bold red]NO[/]",
         )
     return table
 
 
-def summary_table(engines: dict[str, dict], by_temperature: dict[str, dict]) -> Table:
-    """``engines``: summaries by name; the last one speculates, and the first is what vLLM serves with."""
-    *plain, last = engines.values()
+def summary_table(summaries: dict[str, dict], outcomes: dict[str, Outcome], by_temperature: dict[str, dict]) -> Table:
+    """``summaries``: of the method, by its name, and of plain. Of the other servers only times are shown."""
+    method = next(name for name in summaries if name != "plain")
+    columns = sorted(outcomes, key=["native", "plain", method, f"{method} auto"].index)
     table = Table(title="summary")
-    table.add_column("")
-    for name in engines:
-        table.add_column(name, justify="right")
-    for key in ("tokens", "engine_steps"):
-        table.add_row(key.replace("_", " "), *(str(summary[key]) for summary in engines.values()))
-    for name, summary in {"all": last, **by_temperature}.items():
-        table.add_row(f"tau = 1 + accepted / drafts, {name}", *("1" for _ in plain), f"{summary['tau'] or 1:.2f}")
-    depths = [rate for rate in last["acceptance_per_depth"] if rate > 0]
-    row = " ".join(f"{rate:.2f}" for rate in depths) or "-"
-    table.add_row("drafts accepted to depth 1, 2, ...", *("-" for _ in plain), row)
-    rates = [summary["greedy_tokens_per_second"] for summary in engines.values()]
-    table.add_row("tokens/s here, T=0", *(f"{rate:.0f}" for rate in rates))
-    table.add_row("ratio", *(f"{rate / rates[0]:.2f}" for rate in rates))
+    for column in ("", *columns):
+        table.add_column(column, justify="right" if column else "left")
+
+    def add(label: str, of_plain: str, of_method: str) -> None:
+        table.add_row(label, *({"plain": of_plain, method: of_method}.get(name, "") for name in columns))
+
+    kvspec, plain = summaries[method], summaries["plain"]
+    for label, key in (("tokens", "tokens"), ("engine steps", "engine_steps")):
+        add(label, str(plain[key]), str(kvspec[key]))
+    for name, summary in {"all": kvspec, **by_temperature}.items():
+        add(f"tau = 1 + accepted / drafts, {name}", "1", f"{summary['tau'] or 1:.2f}")
+    depths = [rate for rate in kvspec["acceptance_per_depth"] if rate > 0]
+    add("drafts accepted to depth 1, 2, ...", "-", " ".join(f"{rate:.2f}" for rate in depths) or "-")
+    for n in CONCURRENCIES:
+        table.add_row(f"tokens/s at T=0, {n} at a time", *(f"{outcomes[name].speed(n):.0f}" for name in columns))
     return table
 
 
@@ -342,50 +402,63 @@ def identical(a: Reply, b: Reply) -> bool:
     return bool(a.token_ids) and a.text == b.text and a.token_ids == b.token_ids
 
 
-def report(requests: list[Request], runs: dict[str, tuple[list[Reply], float]], args) -> bool:
-    """Print the tables, write the file; whether every answer was identical and something was drafted.
+def times_as_fast(outcomes: dict[str, Outcome]) -> dict[str, dict[int, float]]:
+    """How many times as fast as vLLM's own engine each other server was, by concurrency."""
+    own = outcomes.get("native", outcomes["plain"])
+    return {
+        name: {n: round(outcome.speed(n) / own.speed(n), 3) for n in CONCURRENCIES}
+        for name, outcome in outcomes.items()
+        if outcome is not own
+    }
 
-    ``runs``: replies and greedy tokens per second by engine; the last one speculates, the one before has its noise.
-    """
-    engines = {name: summarise(*run) for name, run in runs.items()}
-    plain, kvspec = (replies for replies, _ in list(runs.values())[-2:])
-    temperatures = sorted({request.temperature for request in requests})
+
+def report(requests: list[Request], outcomes: dict[str, Outcome], args) -> bool:
+    """Print the tables, write the file; whether every answer was identical and something was drafted."""
+    plain, kvspec = outcomes["plain"].replies, outcomes[args.method].replies
+    others = {name: outcome.replies for name, outcome in outcomes.items() if name not in (args.method, "plain")}
     by_temperature = {
         f"T={t:g}": summarise(
             [reply for request, reply in zip(requests, kvspec, strict=True) if request.temperature == t]
         )
-        for t in temperatures
+        for t in sorted({request.temperature for request in requests})
     }
-    native = runs["native"][0] if "native" in runs else plain
+    answers = list(zip(kvspec, *(outcome.replies for outcome in outcomes.values()), strict=True))
+    same = [all(identical(b, reply) for reply in of_all if reply) for b, *of_all in answers]
     rows = [
-        {
-            **asdict(request),
-            # The native engine's noise is its own.
-            "identical": identical(a, b) and (request.temperature > 0 or identical(c, b)),
-            "text": b.text,
-            "plain_text": a.text,
-            "tau": tau(b.metrics),
-        }
-        for request, a, b, c in zip(requests, plain, kvspec, native, strict=True)
+        {**asdict(request), "identical": equal, "text": b.text, "plain_text": a.text, "tau": tau(b.metrics)}
+        | {f"{name} text": replies[i].text for name, replies in others.items() if replies[i]}
+        for i, (request, equal, a, b) in enumerate(zip(requests, same, plain, kvspec, strict=True))
     ]
+    summaries = {args.method: summarise(kvspec), "plain": summarise(plain)}
+    ratios = times_as_fast(outcomes)
     result = {
         "target": args.target,
         "speculative_config": speculative_config(args),
         "device": "gpu" if has_gpu() else "cpu",
-        "engines": engines,
-        f"{args.method}_by_temperature": by_temperature,
+        "plain": summaries["plain"],
+        "kvspec": summaries[args.method],
+        "kvspec_by_temperature": by_temperature,
+        "tokens_per_second": {name: outcome.speeds for name, outcome in outcomes.items()},
+        "times_as_fast_as_vllm": ratios,
         "requests": rows,
     }
     args.output.write_text(json.dumps(result, indent=2) + "\n")
-    console = Console(width=max(Console().width, 110))
-    console.print(request_table(requests, rows, plain, kvspec, args.method))
-    console.print(summary_table(engines, by_temperature))
-    same = sum(row["identical"] for row in rows)
-    console.print(f"{same} of {len(rows)} answers identical; details in {args.output}")
-    drafts = engines[args.method]["drafts"]
-    if drafts == 0:
+    console = Console(width=max(Console().width, 120))
+    console.print(request_table(requests, plain, kvspec, same, args.method))
+    console.print(summary_table(summaries, outcomes, by_temperature))
+    print_ratios(console, ratios, args.method)
+    console.print(f"{sum(same)} of {len(rows)} answers identical; details in {args.output}")
+    if summaries[args.method]["drafts"] == 0:
         console.print("[bold red]nothing was drafted: speculation did not run[/]")
-    return same == len(rows) and drafts > 0
+    return all(same) and summaries[args.method]["drafts"] > 0
+
+
+def print_ratios(console: Console, ratios: dict[str, dict[int, float]], method: str) -> None:
+    """A number below 1 means that speculation costs time here."""
+    for name, by_concurrency in ratios.items():
+        if name.startswith(method):
+            numbers = ", ".join(f"{ratio:.2f} with {n} at a time" for n, ratio in by_concurrency.items())
+            console.print(f"{name}: tokens/s as a multiple of vLLM's own engine, T=0: {numbers}")
 
 
 def speculative_config(args) -> dict:
@@ -393,7 +466,7 @@ def speculative_config(args) -> dict:
     if args.method != "ngram":
         config["model"] = args.draft
     if args.method == "kvspec":
-        config["budget"] = args.budget
+        config["budget"] = "fixed"
     return config
 
 
@@ -403,8 +476,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--draft", default=str(EXAMPLES / "tiny/draft"))
     parser.add_argument("--method", default="kvspec", help="any method that vLLM knows, for comparison")
     parser.add_argument("--num-speculative-tokens", type=int, default=16)
-    parser.add_argument("--budget", default="fixed", choices=("fixed", "auto"), help="auto is what a server does")
-    parser.add_argument("--repeats", type=int, default=3, help="of each timed request")
+    parser.add_argument("--repeats", type=int, default=5, help="of all timed requests on every server")
     parser.add_argument("--prompts", type=Path, default=EXAMPLES / "prompts.jsonl")
     parser.add_argument("--requests", type=int, default=12)
     parser.add_argument("--max-tokens", type=int, default=64)
@@ -421,10 +493,7 @@ def main() -> int:
         if EXAMPLES in Path(model).parents and not Path(model, "config.json").exists():
             raise RuntimeError(f"{model} must hold a checkpoint; found none. Run `make tiny` to train the tiny pair.")
     requests = load_requests(args.prompts, args.requests)
-    plain = {"plain": ()} if has_gpu() else {"native": (), "plain V2": ("--worker-cls", PLAIN_V2_ON_CPU)}
-    engines = {**plain, args.method: ("--speculative-config", json.dumps(speculative_config(args)))}
-    runs = {name: run(name, requests, args, *flags) for name, flags in engines.items()}
-    return 0 if report(requests, runs, args) else 1
+    return 0 if report(requests, run(engines(args), requests, args), args) else 1
 
 
 if __name__ == "__main__":
