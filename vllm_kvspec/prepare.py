@@ -36,6 +36,8 @@ logger = logging.getLogger(__name__)
 
 # Without a GPU: 90,000 tokens of a small target (SmolLM2-135M in float32), 30,000 of Qwen3-8B in bfloat16.
 CPU_KV_BYTES = 4 << 30
+CPU_KV_BLOCK = 128
+CPU_REQUESTS = 256
 
 
 def prepare(
@@ -102,8 +104,8 @@ def engine_writer(target_model: str, settings: Settings, answered: Callable[[], 
         raise ValueError(
             f"Regeneration by the engine needs vLLM, found none ({error}); install it or use --regenerate transformers."
         ) from error
-    arguments = {"max_model_len": settings.max_length, "seed": settings.seed} | _cpu_defaults() | settings.engine_args
-    llm = LLM(target_model, **arguments)
+    arguments = {"max_model_len": settings.max_length, "seed": settings.seed} | _cpu_defaults(target_model, settings)
+    llm = LLM(target_model, **arguments | settings.engine_args)
 
     def write(requests: list[Request]) -> list[Answer]:
         llm.reset_prefix_cache()
@@ -124,17 +126,21 @@ def engine_writer(target_model: str, settings: Settings, answered: Callable[[], 
     return write
 
 
-def _cpu_defaults() -> dict[str, Any]:
+def _cpu_defaults(target_model: str, settings: Settings) -> dict[str, Any]:
     """Engine arguments without a GPU, where vLLM alone would claim most of the machine's memory and compile for a run.
 
-    It decodes up to 256 requests at a time anyway; those for which there is no KV room wait.
+    KV room for whole batches of the longest rows, within limits; requests for which there is none wait.
     """
     if torch.cuda.is_available():
         return {}
     import psutil
 
-    room = min(CPU_KV_BYTES, psutil.virtual_memory().available // 4)
-    return {"enforce_eager": True, "kv_cache_memory_bytes": room}
+    shape = target_fingerprint(AutoConfig.from_pretrained(target_model).get_text_config(), None)
+    floats = 2 * shape["num_hidden_layers"] * shape["num_key_value_heads"] * shape["head_dim"]
+    # Rounded up to whole blocks, whatever their size.
+    wanted = 4 * floats * (settings.max_length + CPU_KV_BLOCK) * min(settings.batch_size, CPU_REQUESTS)
+    room = min(wanted, CPU_KV_BYTES, psutil.virtual_memory().available // 4)
+    return {"enforce_eager": True, "max_num_seqs": CPU_REQUESTS, "kv_cache_memory_bytes": room}
 
 
 def _vllm_version() -> str | None:
