@@ -110,5 +110,5 @@ BATCHES = {
 }
 # The edge batch twice: the second time its prompts are cached whole.
 ALL = ("greedy", "sampled", "mixed", "grammars", "edge", "edge", "logprobs")
-# Without the batches whose sampling kernels the interpreter runs row by row.
+# Greedy, sampled, and the edges twice: the least that every drafter must get right.
 CORE = ("greedy", "sampled", "edge", "edge")

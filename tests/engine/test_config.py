@@ -192,7 +192,7 @@ def test_every_key_of_vllm_is_honoured_or_refused():
 @pytest.mark.parametrize("key", REFUSED)
 def test_refused_unless_default(key):
     if key not in base_defaults():
-        pytest.skip("this vLLM does not have the key")
+        pytest.skip(reason="this vLLM does not have the key")
     default = base_defaults()[key]
     message = refusal(kvspec(**{key: OTHER_VALUES[key] if key in OTHER_VALUES else (default or 0) + 1}))
     assert f"kvspec does not support {key!r}" in message

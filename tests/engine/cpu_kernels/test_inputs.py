@@ -90,7 +90,7 @@ def test_post_update_stores_drafts(check):
     from vllm.v1.worker.gpu.input_batch import post_update
 
     if "draft_tokens_out" not in inspect.signature(post_update).parameters:
-        pytest.skip("this vLLM stores drafts elsewhere")
+        pytest.skip(reason="this vLLM stores drafts elsewhere")
     b = make_batch(0)
     n = len(b.mapping)
     check(
