@@ -10,9 +10,7 @@ from types import SimpleNamespace
 import pytest
 from engine_runner import HEAD, TARGET, generate, sampling_params
 from requests_mix import BATCHES
-from vllm.config import CUDAGraphMode
 from vllm.engine.arg_utils import EngineArgs
-from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
 
 from vllm_kvspec.engine.budget import scheduler as scheduler_module
 from vllm_kvspec.engine.budget import step_costs
@@ -22,11 +20,9 @@ from vllm_kvspec.engine.budget.choice import (
     NodeBudget,
     Roofline,
     budget_sizes,
-    graph_schedule,
 )
 from vllm_kvspec.engine.budget.scheduler import NodesByLoad
 from vllm_kvspec.engine.config import selection
-from vllm_kvspec.engine.verify.decode_graphs import cover_query_lengths
 
 # Plain decoding up to any batch in 1 ms; 4 nodes for up to 5 requests, 8 for up to 2, beyond that ten times the time.
 COSTS = {
@@ -155,7 +151,7 @@ def test_fixed_where_the_user_said_so(spec, costs_file):
         assert config.speculative_config.num_speculative_tokens_per_batch_size == given
     config = configured(spec(8, budget_costs=costs_file), max_num_seqs=8)
     assert config.speculative_config.budget == "auto"
-    assert config.speculative_config.budget_sizes == [0, 4, 8]
+    assert config.speculative_config.node_sizes == [0, 4, 8]
     assert config.scheduler_config.scheduler_cls == selection.SCHEDULER
 
 
@@ -163,7 +159,7 @@ def test_it_is_the_default(spec):
     keys = {key: value for key, value in spec(16).items() if key != "budget"}
     config = configured(keys)
     assert config.speculative_config.budget == "auto"
-    assert config.speculative_config.budget_sizes == sorted(budget_sizes(16))
+    assert config.speculative_config.node_sizes == sorted(budget_sizes(16))
     assert config.scheduler_config.scheduler_cls == selection.SCHEDULER
     parallel = SimpleNamespace(data_parallel_size=2)
     config.speculative_config.num_speculative_tokens_per_batch_size = None
@@ -209,38 +205,6 @@ def test_refusals(keys, arguments, sentence, spec, costs_file):
         configured(spec(8, **keys), **arguments)
 
 
-@pytest.mark.parametrize("ceiling", [6, 16, 63])
-def test_every_choice_has_a_cuda_graph(ceiling):
-    """vLLM's own list of graphs to capture, from its default grid of sizes and our schedule. Few rows are padding."""
-    max_reqs = 256
-    manager = CudaGraphManager.__new__(CudaGraphManager)
-    config = SimpleNamespace(
-        uses_dynamic_speculative_decoding=lambda: True,
-        num_speculative_tokens_per_batch_size=graph_schedule(budget_sizes(ceiling), max_reqs),
-    )
-    manager.vllm_config = SimpleNamespace(
-        speculative_config=config,
-        num_speculative_tokens=ceiling,
-        cache_config=SimpleNamespace(use_kda_recoverssm=False),
-    )
-    manager.compilation_config = SimpleNamespace(
-        cudagraph_capture_sizes=[1, 2, 4, *range(8, 256, 8), *range(256, 513, 16)], max_cudagraph_capture_size=512
-    )
-    manager.cudagraph_mode = CUDAGraphMode.FULL_AND_PIECEWISE
-    manager.max_num_reqs, manager.decode_query_len = max_reqs, ceiling + 1
-    manager.varlen_decode, manager.ubatch_runner, manager.lora_capture_cases = False, None, [0]
-    manager._lora_dispatch_map, manager._max_lora_case = {}, 0
-    manager._candidates, manager._capture_descs, manager._graphs_captured = {}, {}, True
-    manager._init_candidates()
-    cover_query_lengths(manager)
-    for nodes in budget_sizes(ceiling):
-        rows = nodes + 1
-        for batch in range(1, min(max_reqs, 480 // rows) + 1):
-            found = manager.dispatch(batch, batch * rows, rows, 0)
-            assert found.cg_mode == CUDAGraphMode.FULL and found.uniform_token_count == rows, (batch, nodes)
-            assert batch <= found.num_reqs and found.num_tokens < batch * rows + 16 + rows, (batch, nodes)
-
-
 def test_the_change_is_logged_once_per_number_of_nodes(monkeypatch):
     lines = []
     log = SimpleNamespace(info=lambda text, *values: lines.append(text % values), debug=lambda *_: None)
@@ -258,7 +222,7 @@ def test_without_a_table_the_roofline_serves(costs_file):
 
     config = configured({"method": "kvspec", "model": HEAD, "num_speculative_tokens": 8, "budget_costs": costs_file})
     config.speculative_config.budget_costs = None
-    budget = create_budget(config, [0, 4, 8])
+    budget = create_budget(config)
     assert isinstance(budget.costs, Roofline)
     # 4.6M parameters in float32.
     assert budget.costs.target.weight_bytes == pytest.approx(4 * 4.6e6, rel=0.1)

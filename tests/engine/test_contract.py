@@ -35,7 +35,7 @@ REPLACED = {
     "cpu.kernels.install": "cpu_kernels/test_install.py::test_every_kernel_is_replaced_or_left_out",
     "cpu.worker.KVSpecCPUWorker.init_device": "test_after_kvspec.py::test_plain_engine_between_two_of_kvspec",
     "verify.attention_registry.cpu_backend": "test_after_kvspec.py::test_plain_engine_between_two_of_kvspec",
-    "verify.decode_graphs.cover_query_lengths": "test_budget.py::test_every_choice_has_a_cuda_graph",
+    "verify.decode_graphs.plan_decode_graphs": "test_faked_gpu.py::test_every_choice_has_a_cuda_graph",
 }
 # Attribute path in vLLM -> the test of what it does.
 CONTRACT = {
@@ -58,9 +58,9 @@ CONTRACT = {
     "RejectionSampler._verify": IDENTITY,
     "RejectionSampler._get_logprobs_tensors": "test_identity.py::test_oracle_trees",
     "DraftModelSpeculator.set_attn": IDENTITY,
-    "CudaGraphManager._init_candidates": "test_drafter_graph.py::test_one_size_serves_every_number_of_nodes",
+    "CudaGraphManager._init_candidates": "test_faked_gpu.py::test_the_drafter_has_a_graph_for_every_choice",
     "CudaGraphManager.capture": "test_drafter_graph.py::test_a_replay_gives_what_an_eager_draft_gives",
-    "CudaGraphManager.dispatch": "test_drafter_graph.py::test_one_size_serves_every_number_of_nodes",
+    "CudaGraphManager.dispatch": "test_faked_gpu.py::test_the_drafter_has_a_graph_for_every_choice",
     "FlashAttentionMetadataBuilder.build": "test_attention_cuda.py::test_rows",
     "FlashAttentionImpl.forward": "test_attention_cuda.py::test_rows",
     "TritonAttentionMetadataBuilder.build": "test_attention_cuda.py::test_rows",

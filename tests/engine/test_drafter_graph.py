@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The drafter's CUDA graphs: their sizes, and a draft on padded rows, with the replay done in Python where there is no
-GPU. On a GPU also: a replay gives what an eager draft gives, and a step never waits for the device.
+"""The drafter's CUDA graphs: a draft on padded rows, with the replay done in Python where there is no GPU. On a GPU also:
+a replay gives what an eager draft gives, and a step never waits for the device. Their sizes: ``test_faked_gpu.py``.
 """
 
 import contextlib
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,59 +14,6 @@ from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
 
 from vllm_kvspec.engine.draft.graphs import DrafterGraphs
 from vllm_kvspec.engine.draft.speculator import KVSpecSpeculator
-
-CAPTURE_SIZES = [1, 2, 4, *range(8, 257, 8)]
-
-
-def graphs(nodes: int, max_num_reqs: int, mode=CUDAGraphMode.FULL_DECODE_ONLY, schedule=None) -> DrafterGraphs:
-    """The manager with the attributes that choose its sizes, and no device behind it."""
-    self = object.__new__(DrafterGraphs)
-    speculative = SimpleNamespace(
-        uses_dynamic_speculative_decoding=lambda: schedule is not None, num_speculative_tokens_per_batch_size=schedule
-    )
-    self.vllm_config = SimpleNamespace(
-        speculative_config=speculative,
-        num_speculative_tokens=nodes,
-        cache_config=SimpleNamespace(use_kda_recoverssm=False),
-    )
-    self.compilation_config = SimpleNamespace(cudagraph_capture_sizes=CAPTURE_SIZES, max_cudagraph_capture_size=256)
-    self.cudagraph_mode, self.decode_query_len, self.max_num_reqs = mode, nodes + 1, max_num_reqs
-    self.varlen_decode, self.ubatch_runner, self.lora_capture_cases = False, None, [0]
-    self._lora_dispatch_map, self._max_lora_case = {}, 0
-    self._candidates, self._capture_descs, self._graphs_captured = {}, {}, True
-    self._init_candidates()
-    return self
-
-
-def padded_sizes(manager: DrafterGraphs, batches: range) -> list[int | None]:
-    """The graph's batch size for each batch; None: eager."""
-    how = [manager.dispatch_batch(batch) for batch in batches]
-    return [desc.num_reqs if desc.cg_mode == CUDAGraphMode.FULL else None for desc in how]
-
-
-def test_sizes_are_those_of_the_targets_decode_graphs():
-    """With 17 rows per request, vLLM's token counts make graphs of 1, 2, ... requests; about a quarter is padded."""
-    manager = graphs(nodes=16, max_num_reqs=64)
-    # 256 tokens hold 15 requests.
-    assert padded_sizes(manager, range(1, 17)) == [1, 2, 3, 4, 5, 7, 7, 9, 9, 12, 12, 12, 15, 15, 15, None]
-    captured = [desc.num_reqs for desc in manager._capture_descs[CUDAGraphMode.FULL]]
-    assert captured == sorted(captured, reverse=True)
-    assert padded_sizes(graphs(nodes=3, max_num_reqs=64), range(1, 9)) == [1, 2, 4, 4, 6, 6, 8, 8]
-
-
-def test_one_size_serves_every_number_of_nodes():
-    """With a schedule the target has graphs per number of nodes; the plain decode ones need no draft."""
-    manager = graphs(nodes=8, max_num_reqs=200, schedule=[(1, 8, 8), (9, 40, 3), (41, 200, 0)])
-    captured = [desc.num_reqs for desc in manager._capture_descs[CUDAGraphMode.FULL]]
-    assert len(captured) == len(set(captured))
-    assert captured[0] == 64
-    assert padded_sizes(manager, range(1, 3)) == [1, 2]
-    assert padded_sizes(manager, range(65, 66)) == [None]
-
-
-def test_no_graphs_where_the_user_wants_none():
-    assert padded_sizes(graphs(16, 64, CUDAGraphMode.NONE), range(1, 9)) == [None] * 8
-    assert not graphs(16, 64, CUDAGraphMode.NONE)._capture_descs
 
 
 class PaddedReplay:
@@ -80,7 +26,7 @@ class PaddedReplay:
         self.speculator = speculator
         self.padded = 0
 
-    def dispatch_batch(self, num_reqs: int) -> BatchExecutionDescriptor:
+    def dispatch_batch(self, num_reqs: int, nodes: int) -> BatchExecutionDescriptor:
         size = min(-(-num_reqs // 4) * 4, self.speculator.max_num_reqs)
         self.live = num_reqs
         return BatchExecutionDescriptor(CUDAGraphMode.FULL, num_tokens=size, num_reqs=size)

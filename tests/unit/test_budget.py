@@ -22,7 +22,6 @@ from vllm_kvspec.engine.budget.choice import (
     budget_sizes,
     choose_nodes,
     decoder_pass,
-    graph_schedule,
     read_costs,
     tokens_per_second,
 )
@@ -198,22 +197,6 @@ def test_bad_profiles_are_refused(bad):
 
     with pytest.raises(ValueError, match="acceptance_profile"):
         accepted_by_nodes(bad)
-
-
-@pytest.mark.parametrize("ceiling", [1, 2, 6, 16, 63])
-@pytest.mark.parametrize("max_batch", [1, 2, 3, 8, 256])
-def test_every_size_is_in_the_schedule_for_vllm(ceiling, max_batch):
-    sizes = budget_sizes(ceiling)
-    schedule = graph_schedule(sizes, max_batch)
-    assert [size for _, _, size in schedule][0] == ceiling
-    assert schedule[0][0] == 1 and schedule[-1][1] == max_batch
-    for (first, last, _), following in zip(schedule, [*schedule[1:], None], strict=True):
-        assert first <= last
-        assert following is None or following[0] == last + 1
-    if max_batch >= len(sizes):
-        assert {size for _, _, size in schedule} == set(sizes)
-    if max_batch > 1:
-        assert schedule[-1][2] == 0
 
 
 def test_the_simulation_and_its_committed_table_agree():

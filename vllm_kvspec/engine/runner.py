@@ -19,7 +19,7 @@ from vllm_kvspec.engine import ops
 from vllm_kvspec.engine.budget.step_costs import MeasuresStepCosts
 from vllm_kvspec.engine.target_kv import cache_classes, check_groups
 from vllm_kvspec.engine.verify.attention import HasTreeState
-from vllm_kvspec.engine.verify.decode_graphs import cover_query_lengths
+from vllm_kvspec.engine.verify.decode_graphs import plan_decode_graphs
 from vllm_kvspec.engine.verify.sampler import TreeRejectionSampler
 
 logger = init_logger("vllm.kvspec.runner")
@@ -45,6 +45,12 @@ def needs_chain(params: SamplingParams | None) -> bool:
         or params.bad_words
         or params.thinking_token_budget is not None
     )
+
+
+def plan_graphs(manager, config) -> None:
+    """With one number of nodes vLLM's own list of graphs is right."""
+    if config.num_speculative_tokens_per_batch_size:
+        plan_decode_graphs(manager, config.node_sizes)
 
 
 def check_backend(group) -> None:
@@ -105,7 +111,7 @@ class KVSpecRunnerMixin(MeasuresStepCosts):
         self.speculator.release_target_kv()
         super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
         if self.cudagraph_manager is not None:
-            cover_query_lengths(self.cudagraph_manager)
+            plan_graphs(self.cudagraph_manager, self.speculative_config)
         context = self.compilation_config.static_forward_context
         self.cache_classes = cache_classes(self.kv_cache_config, context)
         self.speculator.bind_target_kv(self.kv_cache_config, context)

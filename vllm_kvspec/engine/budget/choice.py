@@ -275,19 +275,3 @@ def budget_sizes(ceiling: int) -> list[int]:
     Few, because each needs its own CUDA graphs (one query length each).
     """
     return [ceiling, *(size for size in (32, 16, 8, 4, 2) if size < ceiling), 0]
-
-
-def graph_schedule(sizes: Sequence[int], max_batch: int, max_rows: int = 512) -> list[tuple[int, int, int]]:
-    """``num_speculative_tokens_per_batch_size`` that makes vLLM capture decode graphs of ``sizes``, descending to 0.
-
-    vLLM captures the query lengths that occur in its schedule by batch size, with room for the widest batch of each;
-    the choice at run time may differ. Each size gets the batches that fit ``max_rows`` rows, the largest that vLLM
-    captures by default, and at least one batch size. With fewer batch sizes than sizes, small trees are left out.
-    """
-    sizes = sizes if len(sizes) <= max_batch else [*sizes[: max_batch - 1], 0] if max_batch > 1 else sizes[:1]
-    schedule, first = [], 1
-    for left, size in zip(range(len(sizes) - 1, -1, -1), sizes, strict=True):
-        last = max(first, min(max_batch - left, max_rows // (size + 1))) if left else max_batch
-        schedule.append((first, last, size))
-        first = last + 1
-    return schedule

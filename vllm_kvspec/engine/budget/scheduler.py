@@ -11,6 +11,7 @@ from vllm.logger import init_logger
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
+from vllm_kvspec.engine.batch_sizes import max_step_rows
 from vllm_kvspec.engine.budget.choice import Acceptance, MeasuredCosts, NodeBudget, Roofline, decoder_pass, read_costs
 
 logger = init_logger("vllm.kvspec.budget")
@@ -19,8 +20,8 @@ logger = init_logger("vllm.kvspec.budget")
 LEAST_ACCEPTED, WATCHED_DRAFTS = 0.1, 200
 
 
-def create_budget(vllm_config, sizes: list[int]) -> NodeBudget:
-    """The budget of an engine: its roofline, or the cost table that the user gave, over the captured ``sizes``."""
+def create_budget(vllm_config) -> NodeBudget:
+    """The budget of an engine: its roofline, or the cost table that the user gave."""
     config = vllm_config.speculative_config
     head = config.draft_model_config.hf_config
     if config.budget_costs:
@@ -30,10 +31,8 @@ def create_budget(vllm_config, sizes: list[int]) -> NodeBudget:
         element_bytes = vllm_config.model_config.dtype.itemsize
         target = decoder_pass(vllm_config.model_config.hf_text_config, element_bytes, shards)
         costs = Roofline(target, decoder_pass(head, element_bytes, shards), head.draft_block_size)
-    # A wider step would be trimmed, or leave the captured graphs.
-    graph_rows = vllm_config.compilation_config.max_cudagraph_capture_size or float("inf")
-    max_rows = min(graph_rows, vllm_config.scheduler_config.max_num_batched_tokens)
-    return NodeBudget(costs, Acceptance(getattr(head, "acceptance_profile", None)), sizes, max_rows)
+    acceptance = Acceptance(getattr(head, "acceptance_profile", None))
+    return NodeBudget(costs, acceptance, config.node_sizes, max_step_rows(vllm_config))
 
 
 class NodesByLoad:
@@ -87,9 +86,7 @@ class ChoosesNodes:
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        # The lengths for which vLLM has captured graphs, and none.
-        sizes = sorted({0, *self.dynamic_sd_lookup[1:]})
-        self.budget = create_budget(self.vllm_config, sizes)
+        self.budget = create_budget(self.vllm_config)
         self.dynamic_sd_lookup = NodesByLoad(self, self.budget)
 
     def update_from_output(self, scheduler_output, model_runner_output):

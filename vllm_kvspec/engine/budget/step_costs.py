@@ -190,7 +190,7 @@ class MeasuresStepCosts:
     def measure_step_costs(self) -> None:
         """Called by the worker once it is warm. Every tensor-parallel rank runs the same steps."""
         start = time.perf_counter()
-        self._unsent_step_costs = measure_step_costs(StepTimer(self), self.speculative_config.budget_sizes)
+        self._unsent_step_costs = measure_step_costs(StepTimer(self), self.speculative_config.node_sizes)
         logger.info("kvspec timed engine steps for the node budget in %.1f s", time.perf_counter() - start)
 
     def sample_tokens(self, grammar_output):

@@ -109,6 +109,8 @@ class KVSpecConfig(SpeculativeConfig):
     """For ``budget: "auto"``: a JSON table of step costs (``budget.MeasuredCosts``), used instead of timed steps."""
     oracle_file: str | None = None
     """For ``drafter: "oracle"``: a JSON list of token id lists, each a prompt with its continuation."""
+    auto_sizes: list[int] = field(default_factory=list, init=False)
+    """For ``budget: "auto"``: the numbers of nodes to choose from, ascending from 0; settled by `select_budget`."""
     stock_attention: str = field(default="TRITON_ATTN", init=False)
     """vLLM's attention backend for the rows that are on no tree; settled by `select_attention_backend`."""
 
@@ -227,9 +229,22 @@ class KVSpecConfig(SpeculativeConfig):
         return True
 
     @property
-    def budget_sizes(self) -> list[int]:
-        """Numbers of nodes, ascending from 0, that the budget may choose."""
-        return sorted({0, *(nodes for _, _, nodes in self.num_speculative_tokens_per_batch_size or [])})
+    def node_sizes(self) -> list[int]:
+        """Numbers of nodes, ascending, that a step may verify."""
+        if self.budget == "auto":
+            return self.auto_sizes
+        schedule = self.num_speculative_tokens_per_batch_size or [(1, 1, self.num_speculative_tokens)]
+        return sorted({min(nodes, self.num_speculative_tokens) for _, _, nodes in schedule})
+
+    def max_nodes(self, batch: int, max_rows: float) -> int:
+        """The most nodes that each of ``batch`` requests may get in a step of at most ``max_rows`` rows."""
+        if self.budget == "fixed":
+            return self.node_sizes[-1]
+        return max((nodes for nodes in self.node_sizes if batch * (nodes + 1) <= max_rows), default=0)
+
+    def max_batch(self, nodes: int, max_rows: float) -> float:
+        """The most requests of which each may get ``nodes`` nodes; see ``max_nodes``."""
+        return float("inf") if self.budget == "fixed" else max_rows // (nodes + 1)
 
     @property
     def parents(self) -> list[int] | None:

@@ -10,7 +10,7 @@ from vllm.utils.torch_utils import resolve_kv_cache_dtype_string
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from vllm_kvspec import __version__
-from vllm_kvspec.engine.budget.choice import Acceptance, budget_sizes, graph_schedule, read_costs
+from vllm_kvspec.engine.budget.choice import Acceptance, budget_sizes, read_costs
 from vllm_kvspec.engine.config.keys import KVSpecConfig
 from vllm_kvspec.engine.config.refusals import CPU_WORKER, CUDA_WORKER, refuse_engine_options
 from vllm_kvspec.engine.verify.attention_registry import CUDA_BACKENDS, register_cuda_backend
@@ -18,8 +18,6 @@ from vllm_kvspec.engine.verify.attention_registry import CUDA_BACKENDS, register
 logger = init_logger("vllm.kvspec.config")
 
 SCHEDULER = "vllm_kvspec.engine.budget.scheduler.create_scheduler"
-# Where the user gives no --max-num-seqs, vLLM chooses it later; this only sizes the list of CUDA graphs.
-DEFAULT_MAX_NUM_SEQS = 256
 
 
 def select_attention_backend(engine_args: Any, config: KVSpecConfig) -> None:
@@ -96,8 +94,10 @@ def _settle_budget(engine_args: Any, config: KVSpecConfig, parallel: ParallelCon
     sizes = budget_sizes(ceiling)
     if config.budget_costs:
         sizes = [nodes for nodes in reversed(read_costs(config.budget_costs).nodes) if nodes <= ceiling]
-    max_batch = engine_args.max_num_seqs or DEFAULT_MAX_NUM_SEQS
-    config.num_speculative_tokens_per_batch_size = graph_schedule(sizes, max_batch)
+    config.auto_sizes = sorted(sizes)
+    # Has vLLM ask a table for the number of drafts. Ours takes its place (NodesByLoad); to vLLM it looks as if there
+    # were plain decode steps only, so its list of graph sizes is the one without kvspec.
+    config.num_speculative_tokens_per_batch_size = [(1, 1, 0)]
 
 
 def create_kvspec_config(

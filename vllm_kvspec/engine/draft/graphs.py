@@ -1,28 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CUDA graphs of the drafter: one for most batch sizes of the target's decode graphs.
+"""CUDA graphs of the drafter, one per batch size of ``graph_batches``.
 
 A graph holds everything from the draft rows to the stored trees. vLLM's manager captures and replays it; here is only
-which sizes there are. A batch is padded to the next size, by rows that belong to no request; one beyond the largest
-size is drafted eagerly.
+which sizes there are, and how many nodes each drafts: the most that its smallest batch may get. A batch is padded to
+the next size, by rows that belong to no request; one beyond the largest size is drafted eagerly.
 """
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, CudaGraphManager
 
-# The most a batch is padded by: a few more rows cost the drafter little, a graph more costs start-up time and memory.
-MAX_PADDING = 1.25
-
-
-def _thinned(sizes: set[int]) -> list[int]:
-    """Ascending sizes with the largest; from 5 on without those that a larger one serves within MAX_PADDING."""
-    kept: list[int] = []
-    for size in sorted(sizes, reverse=True):
-        if not kept or size <= 4 or size * MAX_PADDING <= kept[-1]:
-            kept.append(size)
-    return kept[::-1]
+from vllm_kvspec.engine.batch_sizes import graph_batches, max_step_rows
 
 
 class DrafterGraphs(CudaGraphManager):
@@ -34,21 +25,30 @@ class DrafterGraphs(CudaGraphManager):
         super().__init__(vllm_config, device, mode, decode_query_len=vllm_config.num_speculative_tokens + 1)
 
     def _init_candidates(self) -> None:
-        """Whatever number of nodes a target graph verifies, a draft has one row per request."""
-        super()._init_candidates()
-        decode = self._capture_descs.pop(CUDAGraphMode.FULL, [])
-        sizes = _thinned({desc.num_reqs for desc in decode if desc.uniform_token_count > 1})
-        self._candidates.clear()
-        for below, size in zip([0, *sizes], sizes, strict=False):
+        """Batch size -> nodes in ``nodes``. Whatever number a target graph verifies, a draft has one row a request."""
+        self.nodes: dict[int, int] = {}
+        config = self.vllm_config.speculative_config
+        largest = self.compilation_config.max_cudagraph_capture_size
+        drafting = [nodes for nodes in config.node_sizes if nodes]
+        if not self.cudagraph_mode or not largest or not drafting:
+            return
+        max_rows = max_step_rows(self.vllm_config)
+        for below, size in pairwise([0, *graph_batches(min(self.max_num_reqs, largest // (drafting[0] + 1)), 1)]):
             desc = BatchExecutionDescriptor(CUDAGraphMode.FULL, num_tokens=size, num_reqs=size, uniform_token_count=1)
+            self.nodes[size] = config.max_nodes(below + 1, max_rows)
             self._candidates.update({(batch, 0): [desc] for batch in range(below + 1, size + 1)})
             # The largest first, as vLLM does: the smaller ones then fit into its memory.
             self._capture_descs.setdefault(CUDAGraphMode.FULL, []).insert(0, desc)
 
-    def dispatch_batch(self, num_reqs: int) -> BatchExecutionDescriptor:
-        """The graph (``num_reqs`` of it: the padded size) for a batch, or mode NONE with the batch's own size."""
-        return self.dispatch(num_reqs, num_reqs, uniform_token_count=1, num_active_loras=0)
+    def dispatch_batch(self, num_reqs: int, nodes: int) -> BatchExecutionDescriptor | None:
+        """The graph (``num_reqs`` of it: the padded size) that drafts ``nodes`` nodes for a batch, if there is one."""
+        graph = self.dispatch(num_reqs, num_reqs, uniform_token_count=1, num_active_loras=0)
+        return graph if graph.cg_mode == CUDAGraphMode.FULL and self.nodes[graph.num_reqs] >= nodes else None
 
-    def capture_batches(self, draft: Callable[[int], None]) -> None:
-        """``draft(size)`` drafts for the first ``size`` draft rows. Runs each size once before recording it."""
-        self.capture(lambda desc, warmup: lambda mode: draft(desc.num_reqs), "Capturing kvspec drafter CUDA graphs")
+    def capture_batches(self, draft: Callable[[int, bool, int], None]) -> None:
+        """``draft(size, False, nodes)`` drafts trees of ``nodes`` nodes for the first ``size`` draft rows. Runs each
+        size once before recording it."""
+        self.capture(
+            lambda desc, warmup: lambda mode: draft(desc.num_reqs, False, self.nodes[desc.num_reqs]),
+            "Capturing kvspec drafter CUDA graphs",
+        )

@@ -12,6 +12,7 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 
 from vllm_kvspec.engine import ops
+from vllm_kvspec.engine.batch_sizes import max_step_rows
 from vllm_kvspec.engine.draft.graphs import DrafterGraphs
 from vllm_kvspec.engine.draft.head_drafter import Drafter
 from vllm_kvspec.engine.target_kv import empty_layers, layers_by_index, paged_layer
@@ -31,6 +32,7 @@ class KVSpecSpeculator(DraftModelSpeculator):
         super().__init__(vllm_config, device)
         config = vllm_config.speculative_config
         self.req_states = req_states
+        self.max_rows = max_step_rows(vllm_config)
         self.state = TreeState(self.max_num_reqs, self.num_speculative_steps, device)
         self.rows = self._new_rows(self.draft_model_config.hf_config)
         # vLLM drops this attribute's value, by its type, between profiling and serving.
@@ -131,13 +133,19 @@ class KVSpecSpeculator(DraftModelSpeculator):
         positions [0, base) and the anchor, at position ``base``, has none yet. A dummy run drafts for padding only.
         """
         num_reqs = input_batch.num_reqs
+        if is_profile and self.test_drafter is None:
+            self._draft_widest(num_reqs)
+            return self.draft_tokens[:num_reqs]
+        nodes = num_speculative_tokens
+        if nodes is None:
+            nodes = self.speculative_config.max_nodes(num_reqs, self.max_rows)
         # The load allows no nodes: no pass of the head either. It has no state that could fall behind.
-        if num_speculative_tokens == 0 or (dummy_run and self.test_drafter is not None):
+        if nodes == 0 or (dummy_run and self.test_drafter is not None):
             return self.draft_tokens[:num_reqs].zero_()
         if self.test_drafter is not None:
             return self._propose_test_trees(input_batch.idx_mapping)
         with_chains = bool(self.drafter.parents) and self.state.any_chain(input_batch.idx_mapping_np)
-        how = self._dispatch(num_reqs, eager=is_profile or with_chains)
+        how = self._dispatch(num_reqs, nodes, with_chains)
         ops.draft_inputs(
             input_batch.idx_mapping[: 0 if dummy_run else num_reqs],
             self.req_states.num_computed_tokens.gpu,
@@ -156,13 +164,22 @@ class KVSpecSpeculator(DraftModelSpeculator):
         if how.cg_mode == CUDAGraphMode.FULL:
             self.graphs.run_fullgraph(how)
         else:
-            self.draft(how.num_reqs, with_chains, num_speculative_tokens)
+            self.draft(how.num_reqs, with_chains, nodes)
         return self.draft_tokens[:num_reqs]
 
-    def _dispatch(self, num_reqs: int, eager: bool) -> BatchExecutionDescriptor:
-        if eager or self.graphs is None:
-            return BatchExecutionDescriptor(CUDAGraphMode.NONE, num_tokens=num_reqs, num_reqs=num_reqs)
-        return self.graphs.dispatch_batch(num_reqs)
+    def _draft_widest(self, num_reqs: int) -> None:
+        """The most that a step may need, for vLLM to measure: each number of nodes, for all requests that may get it."""
+        self.rows.request.fill_(self.state.padding_request)
+        for nodes in filter(None, self.speculative_config.node_sizes):
+            batch = int(min(num_reqs, self.speculative_config.max_batch(nodes, self.max_rows)))
+            if batch:
+                self.draft(batch, bool(self.drafter.parents), nodes)
+
+    def _dispatch(self, num_reqs: int, nodes: int, with_chains: bool) -> BatchExecutionDescriptor:
+        eager = BatchExecutionDescriptor(CUDAGraphMode.NONE, num_tokens=num_reqs, num_reqs=num_reqs)
+        if with_chains or self.graphs is None:
+            return eager
+        return self.graphs.dispatch_batch(num_reqs, nodes) or eager
 
     def _propose_test_trees(self, idx_mapping: torch.Tensor) -> torch.Tensor:
         tokens, parents = self.test_drafter.propose(idx_mapping, self.state.chain.gpu)

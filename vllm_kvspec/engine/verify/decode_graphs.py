@@ -1,30 +1,43 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes every captured decode graph reachable when the number of nodes varies."""
+"""Which full CUDA graphs of the target are captured when the number of nodes varies."""
 
-from collections import defaultdict
+from collections.abc import Sequence
+from itertools import pairwise
 
 from vllm.config import CUDAGraphMode
-from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
+from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, CudaGraphManager
+
+from vllm_kvspec.engine.batch_sizes import graph_batches
 
 
-def cover_query_lengths(manager: CudaGraphManager) -> None:
-    """Let a uniform batch of q rows per request use the smallest captured graph of q rows that holds it.
+def plan_decode_graphs(manager: CudaGraphManager, node_sizes: Sequence[int]) -> None:
+    """Capture plain decode steps as vLLM does, and for other numbers of nodes the batches of ``graph_batches``.
 
-    Target: the instance's ``_candidates``, before capture. Why: vLLM offers a batch only the graphs of the next larger
-    captured size, and with several query lengths that size often belongs to another one (30 requests of 9 rows: the 272
-    of 16 requests of 17 rows hides the 288 of 32 of 9), so the step falls back to piecewise graphs. Upstream: the same
-    for every dynamic schedule in 0.32. Remove when dispatch looks further.
+    Target: the instance's ``_candidates`` and ``_capture_descs``, before capture. Why: vLLM rounds its whole list of
+    sizes up to every query length (272 graphs for five lengths, where plain decoding has 51), knows only lengths that
+    its own schedule can reach with ``max_num_seqs`` (one of them with a single sequence), and offers a batch no graph
+    beyond the next captured size of any length. Upstream: the same for every dynamic schedule in 0.33. Remove when a
+    plugin can give the list.
     """
-    lengths = defaultdict(list)
-    for graph in manager._capture_descs.get(CUDAGraphMode.FULL, ()):
-        if graph.uniform_token_count is not None:
-            lengths[graph.uniform_token_count, graph.num_active_loras].append(graph)
-    for (rows, loras), graphs in lengths.items():
-        graphs.sort(key=lambda graph: graph.num_tokens)
-        previous = 0
-        for graph in graphs:
-            for num_tokens in range(previous + rows, graph.num_tokens + 1, rows):
-                candidates = manager._candidates.setdefault((num_tokens, loras), [])
-                if graph not in candidates:
-                    candidates.insert(0, graph)
-            previous = graph.num_tokens
+    mode = manager.cudagraph_mode
+    if not mode.separate_routine() or mode.decode_mode() != CUDAGraphMode.FULL:
+        return
+    for key, graphs in manager._candidates.items():
+        manager._candidates[key] = [graph for graph in graphs if graph.cg_mode != CUDAGraphMode.FULL]
+    captured = []
+    for rows in (nodes + 1 for nodes in node_sizes):
+        for below, batch in pairwise([0, *_batches(manager, rows)]):
+            graph = BatchExecutionDescriptor(CUDAGraphMode.FULL, batch * rows, batch, uniform_token_count=rows)
+            captured.append(graph)
+            for requests in range(below + 1, batch + 1):
+                manager._candidates.setdefault((requests * rows, 0), []).insert(0, graph)
+    # The largest first, as vLLM does: the smaller ones then fit into its memory.
+    manager._capture_descs[CUDAGraphMode.FULL] = sorted(captured, key=lambda graph: graph.num_tokens, reverse=True)
+
+
+def _batches(manager: CudaGraphManager, rows: int) -> list[int]:
+    """A plain decode step is padded as without kvspec: it must not be slower."""
+    config = manager.compilation_config
+    if rows > 1:
+        return graph_batches(min(manager.max_num_reqs, config.max_cudagraph_capture_size // rows), rows)
+    return sorted(size for size in config.cudagraph_capture_sizes if size <= manager.max_num_reqs)

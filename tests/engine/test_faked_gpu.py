@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What kvspec's configuration comes to on a GPU, found out on a faked one: backends, CUDA graphs, and which batch gets
+which graph."""
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from engine_runner import HEAD
+
+from vllm_kvspec.engine.batch_sizes import FREE_ROWS, PADDING, PADDING_BEYOND, graph_batches
+
+SCRIPT = Path(__file__).parent / "faked_gpu.py"
+
+
+def kvspec(nodes: int, **keys) -> dict:
+    return {"speculative_config": {"method": "kvspec", "model": HEAD, "num_speculative_tokens": nodes, **keys}}
+
+
+# Name -> engine arguments.
+ENGINES = {
+    "plain": {},
+    "default": kvspec(16),
+    "plain, one sequence": {"max_num_seqs": 1},
+    "one sequence": {"max_num_seqs": 1, **kvspec(16)},
+    "few sequences": {"max_num_seqs": 6, **kvspec(6)},
+    "largest trees": {"max_num_seqs": 256, **kvspec(63, tree_width=8)},
+    "fixed": {"max_num_seqs": 64, **kvspec(16, budget="fixed")},
+    "own schedule": {"max_num_seqs": 64, **kvspec(16, num_speculative_tokens_per_batch_size=[(1, 8, 16), (9, 64, 3)])},
+    "no graphs": {"enforce_eager": True, **kvspec(16)},
+}
+AUTO = [name for name in ENGINES if name not in ("fixed", "own schedule", "no graphs") and not name.startswith("plain")]
+
+
+@pytest.fixture(scope="module")
+def reports() -> dict[str, dict]:
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), json.dumps(list(ENGINES.values()))],
+        env={**os.environ, "TRITON_INTERPRET": "0"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return dict(zip(ENGINES, json.loads(done.stdout.splitlines()[-1]), strict=True))
+
+
+def rows_captured(report: dict) -> Counter:
+    """Rows per request -> number of full graphs."""
+    return Counter(rows for _, rows in report["full"])
+
+
+def allowed(batch: int, rows: int) -> float:
+    """The largest batch that may stand in for ``batch``."""
+    return batch if batch <= 4 else batch * (PADDING if batch * rows <= FREE_ROWS else PADDING_BEYOND) + 1
+
+
+def test_the_backend_is_our_tree_attention_over_the_gpus_own(reports):
+    assert reports["default"]["stock_attention"] == "FLASH_ATTN"
+    assert reports["default"]["mode"] == reports["plain"]["mode"] == "FULL_AND_PIECEWISE"
+
+
+@pytest.mark.parametrize("name", AUTO)
+def test_every_choice_has_a_cuda_graph(name, reports):
+    """Also plain steps, and also with one sequence. Few rows are padding."""
+    report = reports[name]
+    for nodes, batches in report["verified"].items():
+        assert batches, nodes
+        for batch, size in enumerate(batches, start=1):
+            assert size is not None, (nodes, batch)
+            if nodes != "0":
+                assert batch <= size <= allowed(batch, int(nodes) + 1), (nodes, batch)
+
+
+@pytest.mark.parametrize(("name", "plain"), [("default", "plain"), ("one sequence", "plain, one sequence")])
+def test_a_plain_step_is_padded_as_without_kvspec(name, plain, reports):
+    assert reports[name]["verified"]["0"] == reports[plain]["verified"]["0"]
+
+
+@pytest.mark.parametrize("name", AUTO)
+def test_the_drafter_has_a_graph_for_every_choice(name, reports):
+    report = reports[name]
+    for nodes, batches in report["drafted"].items():
+        for batch, size in enumerate(batches, start=1):
+            assert size is not None and batch <= size <= allowed(batch, 1), (nodes, batch)
+
+
+def test_a_draft_is_no_wider_than_its_batch_may_use(reports):
+    """A graph drafts what the smallest of its batches may get, and no more: 512 rows hold 30 requests of 17 rows."""
+    report = reports["default"]
+    below = 0
+    for batch, nodes in sorted(report["drafter"]):
+        fits = [int(size) for size in report["verified"] if (below + 1) * (int(size) + 1) <= report["max_rows"]]
+        assert nodes == max(fits), batch
+        below = batch
+    assert {nodes for _, nodes in report["drafter"]} == {16, 8, 4, 2}
+
+
+def test_graphs_are_few(reports):
+    """vLLM's own list for these five query lengths has 272 full graphs and 72 piecewise ones."""
+    plain, ours = reports["plain"], reports["default"]
+    assert (len(plain["full"]), len(plain["piecewise"])) == (51, 51)
+    assert rows_captured(ours)[1] == 51
+    assert rows_captured(ours).total() - 51 < 75
+    assert len(ours["piecewise"]) == 51
+    assert len(ours["drafter"]) < 22
+    assert rows_captured(reports["one sequence"]) == {1: 1, 3: 1, 5: 1, 9: 1, 17: 1}
+
+
+def test_the_largest_graphs_are_captured_first(reports):
+    tokens = [batch * rows for batch, rows in reports["default"]["full"]]
+    assert tokens == sorted(tokens, reverse=True)
+    assert reports["default"]["drafter"] == sorted(reports["default"]["drafter"], reverse=True)
+
+
+def test_without_the_choice_the_graphs_are_those_that_were_asked_for(reports):
+    assert set(rows_captured(reports["fixed"])) == {17}
+    assert set(rows_captured(reports["own schedule"])) == {4, 17}
+    # With a schedule of the user's, whose batches are not bound by rows, every draft must fill the largest tree.
+    assert {nodes for name in ("fixed", "own schedule") for _, nodes in reports[name]["drafter"]} == {16}
+    assert not reports["no graphs"]["full"] and not reports["no graphs"]["drafter"]
+
+
+@pytest.mark.parametrize("rows", [1, 3, 17, 64])
+@pytest.mark.parametrize("largest", [1, 5, 30, 170])
+def test_padding(largest, rows):
+    sizes = graph_batches(largest, rows)
+    assert sizes == sorted(sizes) and sizes[0] == 1 and sizes[-1] == largest
+    for batch in range(1, largest + 1):
+        size = min(size for size in sizes if size >= batch)
+        assert size <= allowed(batch, rows), batch
