@@ -42,6 +42,7 @@ CONTRACT = {
     "init_speculator": IDENTITY,
     "GPUModelRunner.load_model": IDENTITY,
     "GPUModelRunner.initialize_kv_cache": "test_kv_cache.py::test_no_layer_of_ours",
+    "GPUModelRunner.reload_weights": "test_weights.py::test_new_weights_of_the_target_reach_the_draft_vocabulary",
     "GPUModelRunner.capture_model": "test_drafter_graph.py::test_a_replay_gives_what_an_eager_draft_gives",
     "GPUModelRunner.add_requests": IDENTITY,
     "GPUModelRunner.prepare_attn": "test_kv_cache.py::test_equals_a_plain_forward",
@@ -51,6 +52,7 @@ CONTRACT = {
     "GPUModelRunner.sample_tokens": "test_budget.py::test_steps_are_timed_and_the_scheduler_gets_the_table",
     "Worker._make_model_runner": "test_drafter_graph.py::test_a_replay_gives_what_an_eager_draft_gives",
     "Worker.compile_or_warm_up_model": "test_contract.py::test_timed_steps_count_no_expert_load",
+    "Worker.finish_weight_update": "test_weights.py::test_new_weights_of_the_target_reach_the_draft_vocabulary",
     "Scheduler.update_from_output": "test_budget.py::test_steps_are_timed_and_the_scheduler_gets_the_table",
     "Scheduler.make_spec_decoding_stats": (
         "test_budget.py::test_text_is_that_of_plain_decoding_while_the_nodes_change"

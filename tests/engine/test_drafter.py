@@ -215,7 +215,9 @@ def test_part_of_the_lm_head(target):
         lm_head=SimpleNamespace(weight=weight.to(torch.float8_e4m3fn)), compute_logits=plain.compute_logits
     )
     for fake, is_copied in ((plain, True), (capped, False), (quantised, False)):
-        logits = DraftLogits(fake, VOCAB, ids, torch.float32)
+        head = torch.nn.Module()
+        head.draft_ids, head.config, head.norm = ids, SimpleNamespace(vocab_size=VOCAB), torch.nn.LayerNorm(32)
+        logits = DraftLogits(fake, head)
         assert (logits.project is not None) == is_copied
         torch.testing.assert_close(logits(hidden), fake.compute_logits(hidden)[:, ids])
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The drafter's CUDA graphs: a draft on padded rows, with the replay done in Python where there is no GPU. On a GPU also:
-a replay gives what an eager draft gives, and a step never waits for the device. Their sizes: ``test_faked_gpu.py``.
+"""The drafter's CUDA graphs: a draft on padded rows, with the replay done in Python where there is no GPU. On a GPU
+also: a replay gives what an eager draft gives, and a step never waits for the device. Sizes: ``test_faked_gpu.py``.
 """
 
 import contextlib

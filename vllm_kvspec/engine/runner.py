@@ -81,6 +81,10 @@ class KVSpecRunnerMixin(MeasuresStepCosts):
             self.sampler, self.speculative_config, self.device, self.tree_state
         )
         self.speculator.set_sampler(self.rejection_sampler)
+        # As the head's own tables: restored after sleep at level 2.
+        self.speculator.model.register_buffer(
+            "synthetic_rates", self.rejection_sampler.synthetic_conditional_rates, persistent=False
+        )
         self._warn_if_budget_is_short()
 
     def _warn_if_budget_is_short(self) -> None:
@@ -103,6 +107,10 @@ class KVSpecRunnerMixin(MeasuresStepCosts):
                 longest // (self.num_speculative_steps + 1),
                 longest,
             )
+
+    def reload_weights(self, *args, **kwargs) -> None:
+        super().reload_weights(*args, **kwargs)
+        self.speculator.target_weights_changed()
 
     def initialize_kv_cache(self, kv_cache_config, *args, **kwargs) -> None:
         check_groups(kv_cache_config)

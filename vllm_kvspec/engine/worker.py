@@ -53,7 +53,17 @@ class TimesSteps:
         return times
 
 
-class KVSpecWorker(TimesSteps, Worker):
+class FollowsWeights:
+    """Put before vLLM's worker in the bases: weights of the target that arrive in a transfer reach the drafter too."""
+
+    def finish_weight_update(self) -> None:
+        is_draft = self._weight_update_is_draft
+        super().finish_weight_update()
+        if not is_draft:
+            self.model_runner.speculator.target_weights_changed()
+
+
+class KVSpecWorker(TimesSteps, FollowsWeights, Worker):
     """``--worker-cls`` is set to this by the speculative config."""
 
     def __init__(self, vllm_config, *args, **kwargs):

@@ -59,6 +59,12 @@ def _prefers_flash_attention(engine_args: Any, target: ModelConfig) -> bool:
     )
 
 
+def keep_head_while_asleep(target: ModelConfig) -> None:
+    """After sleep at level 2 vLLM's user loads the target's weights again; nobody would load the head's."""
+    if "draft.*" not in target.sleep_preserve_parameter_names:
+        target.sleep_preserve_parameter_names = [*target.sleep_preserve_parameter_names, "draft.*"]
+
+
 def select_budget(engine_args: Any, config: KVSpecConfig, parallel: ParallelConfig) -> None:
     """Settle ``budget``, for "auto" with the sizes to choose from, and select our scheduler unless the user named one.
 
@@ -125,6 +131,7 @@ def create_kvspec_config(
     kvspec = KVSpecConfig(
         **settings, target_model_config=target_model_config, target_parallel_config=target_parallel_config
     )
+    keep_head_while_asleep(target_model_config)
     select_attention_backend(engine_args, kvspec)
     select_budget(engine_args, kvspec, target_parallel_config)
     target_parallel_config.worker_cls = CPU_WORKER if current_platform.is_cpu() else CUDA_WORKER

@@ -15,7 +15,7 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm_kvspec.engine.cpu.kernels.install import install
 from vllm_kvspec.engine.hooks import compat
 from vllm_kvspec.engine.verify.attention_registry import cpu_backend
-from vllm_kvspec.engine.worker import TimesSteps, kvspec_speculator, require_v2
+from vllm_kvspec.engine.worker import FollowsWeights, TimesSteps, kvspec_speculator, require_v2
 
 
 @contextlib.contextmanager
@@ -47,7 +47,7 @@ class PlainV2CPUWorker(CPUWorker):
             super().__init__(vllm_config, *args, **kwargs)
 
 
-class KVSpecCPUWorker(TimesSteps, PlainV2CPUWorker):
+class KVSpecCPUWorker(TimesSteps, FollowsWeights, PlainV2CPUWorker):
     """``--worker-cls`` is set to this by the speculative config on CPU."""
 
     def init_device(self) -> None:

@@ -32,7 +32,7 @@ class Drafter:
     def __init__(self, config: KVSpecConfig, head: KVSpecDraftModel, target_model: nn.Module):
         self.head = head
         self.target_model = target_model
-        self.logits = DraftLogits(target_model, head.config.vocab_size, head.draft_ids, head.norm.weight.dtype)
+        self.logits = DraftLogits(target_model, head)
         self.coupled = config.draft_noise == "coupled"
         self.num_nodes = config.num_speculative_tokens
         self.parents = config.parents
@@ -45,8 +45,17 @@ class Drafter:
             shape = ([0, *self.parents], depths(self.parents))
             self.fixed_parent, self.fixed_depth = (torch.tensor(x, dtype=torch.int32, device=device) for x in shape)
             self.fixed_mask = torch.tensor(ancestor_masks(self.parents), dtype=torch.int64, device=device)
+            self._survive_sleep()
         self.context: list[PagedLayer] = []
         self.block_tables: list[torch.Tensor] = []
+
+    def _survive_sleep(self) -> None:
+        """Make the fixed shape's tensors buffers of the head: sleep at level 2 discards everything that loading has
+        allocated, and restores only buffers."""
+        tensors = [self.fixed_nodes, self.fixed_parent, self.fixed_depth, self.fixed_mask]
+        tensors += [level.slots for level in self.levels]
+        for i, tensor in enumerate(tensors):
+            self.head.register_buffer(f"fixed_tree_{i}", tensor, persistent=False)
 
     def bind(self, context: list[PagedLayer], block_tables: list[torch.Tensor]) -> None:
         """``context``: one target layer per head layer. ``block_tables``: int32 [Rmax, M] per KV cache group."""

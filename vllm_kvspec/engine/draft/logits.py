@@ -24,13 +24,23 @@ class DraftLogits:
     scaled logits) all logits are computed and the part is taken from them.
     """
 
-    def __init__(self, target_model: nn.Module, vocab_size: int, draft_ids: torch.Tensor | None, dtype: torch.dtype):
-        """``dtype``: of the hidden states."""
+    def __init__(self, target_model: nn.Module, head: nn.Module):
         self.target_model = target_model
-        self.vocab_size = vocab_size
-        self.draft_ids = draft_ids
-        rows = None if draft_ids is None else lm_head_rows(target_model, draft_ids, dtype)
+        self.vocab_size = head.config.vocab_size
+        self.draft_ids = head.draft_ids
+        rows = None
+        if self.draft_ids is not None:
+            rows = lm_head_rows(target_model, self.draft_ids, dtype=head.norm.weight.dtype)
+        # A buffer of the head, because sleep at level 2 restores only those of what loading has allocated.
+        head.register_buffer("lm_head_rows", rows, persistent=False)
+        self.rows = rows
         self.project = None if rows is None else ops.fixed_linear(rows)
+
+    def refresh(self) -> None:
+        """Copy the rows again, to where they are: the target has got other weights."""
+        if self.rows is not None:
+            torch.index_select(lm_head_weight(self.target_model), 0, self.draft_ids, out=self.rows)
+            self.project = ops.fixed_linear(self.rows)
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """``hidden`` [n, H] -> logits [n, V], or [n, Vd]."""
@@ -40,13 +50,18 @@ class DraftLogits:
         return logits[:, : self.vocab_size] if self.draft_ids is None else logits.index_select(1, self.draft_ids)
 
 
+def lm_head_weight(target_model: nn.Module) -> torch.Tensor | None:
+    """The LM head's weight, [V, H] unless it is quantised; None if there is none by this name."""
+    language_model = getattr(target_model, "get_language_model", lambda: target_model)()
+    return getattr(getattr(language_model, "lm_head", None), "weight", None)
+
+
 def lm_head_rows(target_model: nn.Module, token_ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
     """Rows of the target's LM head [Vd, H], or None unless their product with hidden states gives the target's logits.
 
     Compares both on a few random hidden states, so no kind of LM head has to be known here.
     """
-    language_model = getattr(target_model, "get_language_model", lambda: target_model)()
-    weight = getattr(getattr(language_model, "lm_head", None), "weight", None)
+    weight = lm_head_weight(target_model)
     is_plain = torch.is_tensor(weight) and weight.dim() == 2 and weight.dtype == dtype
     if not is_plain or get_tensor_model_parallel_world_size() > 1:
         return None

@@ -71,6 +71,11 @@ class KVSpecSpeculator(DraftModelSpeculator):
         """The accepted path of the last verification is read from it."""
         self.rejection_sampler = rejection_sampler
 
+    @torch.inference_mode()
+    def target_weights_changed(self) -> None:
+        """The target was given other weights in place."""
+        self.drafter.logits.refresh()
+
     def release_target_kv(self) -> None:
         """Keep no KV cache alive: a new one is about to be allocated."""
         self.drafter.bind([], [])
@@ -168,7 +173,7 @@ class KVSpecSpeculator(DraftModelSpeculator):
         return self.draft_tokens[:num_reqs]
 
     def _draft_widest(self, num_reqs: int) -> None:
-        """The most that a step may need, for vLLM to measure: each number of nodes, for all requests that may get it."""
+        """The most that a step may need, for vLLM to measure: all numbers of nodes, for all requests that may get them."""
         self.rows.request.fill_(self.state.padding_request)
         for nodes in filter(None, self.speculative_config.node_sizes):
             batch = int(min(num_reqs, self.speculative_config.max_batch(nodes, self.max_rows)))

@@ -18,6 +18,7 @@ RUNNER_CONTRACT = {
     ("vllm.v1.worker.gpu.model_runner", "init_speculator"): ("vllm_config", "device", "req_states"),
     ("vllm.v1.worker.gpu.model_runner", "GPUModelRunner.load_model"): ("self",),
     ("vllm.v1.worker.gpu.model_runner", "GPUModelRunner.initialize_kv_cache"): ("self", "kv_cache_config"),
+    ("vllm.v1.worker.gpu.model_runner", "GPUModelRunner.reload_weights"): ("self",),
     ("vllm.v1.worker.gpu.model_runner", "GPUModelRunner.capture_model"): ("self",),
     ("vllm.v1.worker.gpu.model_runner", "GPUModelRunner.add_requests"): ("self", "scheduler_output"),
     ("vllm.v1.worker.gpu.model_runner", "GPUModelRunner.prepare_attn"): ("self", "input_batch"),
@@ -32,6 +33,7 @@ RUNNER_CONTRACT = {
     ("vllm.v1.worker.gpu.model_runner", "GPUModelRunner.sample_tokens"): ("self", "grammar_output"),
     ("vllm.v1.worker.gpu_worker", "Worker._make_model_runner"): ("self",),
     ("vllm.v1.worker.gpu_worker", "Worker.compile_or_warm_up_model"): ("self",),
+    ("vllm.v1.worker.gpu_worker", "Worker.finish_weight_update"): ("self",),
     ("vllm.v1.core.sched.scheduler", "Scheduler.update_from_output"): (
         "self",
         "scheduler_output",
