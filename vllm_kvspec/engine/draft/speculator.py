@@ -173,7 +173,7 @@ class KVSpecSpeculator(DraftModelSpeculator):
         return self.draft_tokens[:num_reqs]
 
     def _draft_widest(self, num_reqs: int) -> None:
-        """The most that a step may need, for vLLM to measure: all numbers of nodes, for all requests that may get them."""
+        """The most that a step may need, for vLLM to measure: every number of nodes, for all that may get it."""
         self.rows.request.fill_(self.state.padding_request)
         for nodes in filter(None, self.speculative_config.node_sizes):
             batch = int(min(num_reqs, self.speculative_config.max_batch(nodes, self.max_rows)))
