@@ -205,10 +205,6 @@ def unsupported_attention(target_config: Any) -> str | None:
 
     ``target_config`` is the target's Hugging Face text config.
     """
-    if getattr(target_config, "attn_logit_softcapping", None):
-        return "soft-capped attention"
-    if getattr(target_config, "model_type", None) == "gpt_oss":
-        return "attention sinks"
     if getattr(target_config, "alibi", False) or getattr(target_config, "model_type", None) in ("bloom", "mpt"):
         return "ALiBi positions"
     rope = _rope_parameters(target_config)
