@@ -57,9 +57,7 @@ def load_kv_tile(
 
 
 @triton.jit
-def softmax_step(
-    q, k, v, visible, row_max, row_sum, acc, qk_scale, MASKED: tl.constexpr, SOFT_CAP: tl.constexpr = 0.0
-):
+def softmax_step(q, k, v, visible, row_max, row_sum, acc, qk_scale, MASKED: tl.constexpr, SOFT_CAP: tl.constexpr = 0.0):
     """Fold one KV tile into the running softmax; `visible` ``[BLOCK_M, TILE]`` is used only when MASKED."""
     scores = tl.dot(q, k.to(q.dtype), input_precision="ieee") * qk_scale
     if SOFT_CAP > 0:
