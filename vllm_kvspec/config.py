@@ -214,6 +214,11 @@ def unsupported_attention(target_config: Any) -> str | None:
     return None if "rope_theta" in rope else "no rotary positions in its configuration"
 
 
+def has_attention_sinks(target_config: Any) -> bool:
+    """Whether the target's heads have sinks; ``target_config`` is its Hugging Face text config."""
+    return getattr(target_config, "model_type", None) == "gpt_oss"
+
+
 def target_fingerprint(target_config: Any, tokenizer: Any | None) -> dict[str, Any]:
     """What a head depends on in its target.
 
