@@ -119,6 +119,13 @@ def test_targets_that_heads_fit(model_type):
     assert unsupported_attention(AutoConfig.for_model(model_type)) is None
 
 
+def test_rotary_bases_that_differ_by_layer():
+    config = AutoConfig.for_model("granite_swa", num_hidden_layers=2)
+    assert unsupported_attention(config) is None
+    config.layer_rope_theta = [10000.0, 0]
+    assert unsupported_attention(config) == "other rotary positions in layers of another type"
+
+
 def test_check_accepts_the_same_target_elsewhere(target_config):
     tokenizer = FakeTokenizer({"a": 0, "b": 1}, {"b": 1})
     config = head_config_for(target_config, tokenizer)
