@@ -339,7 +339,10 @@ def _attend(
     soft_cap: float = 0.0,
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """q ``[n, Hq, D]``, k and v ``[m, Hkv, D]``, visible bool ``[n, m]`` or None -> ``[n, Hq, D]``."""
+    """q ``[n, Hq, D]``, k and v ``[m, Hkv, D]``, visible bool ``[n, m]`` or None -> ``[n, Hq, D]``.
+
+    A soft-cap or sinks need `visible`.
+    """
     n, num_heads, head_dim = q.shape
     num_kv_heads = k.shape[1]
     group = num_heads // num_kv_heads

@@ -73,11 +73,11 @@ def dense_attention(q, k, v, visible, scale, soft_cap=0.0, sinks=None):
     scores = torch.einsum("nhd,mhd->nhm", q.double(), k) * scale
     if soft_cap:
         scores = soft_cap * torch.tanh(scores / soft_cap)
-    weights = scores.masked_fill(~visible[:, None, :], float("-inf")).exp()
-    total = weights.sum(-1, keepdim=True)
+    scores = scores.masked_fill(~visible[:, None, :], float("-inf"))
+    total = scores.logsumexp(-1)
     if sinks is not None:
-        total = total + sinks.double().exp()[:, None]
-    return torch.einsum("nhm,mhd->nhd", weights / total, v)
+        total = torch.logaddexp(total, sinks.double())
+    return torch.einsum("nhm,mhd->nhd", (scores - total[:, :, None]).exp(), v)
 
 
 @pytest.fixture
