@@ -136,7 +136,7 @@ def _tree_attention_kernel(
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    # Not nested: without sinks the outer test is settled at compile time, and there is nothing to load.
+    # Nested: the outer test is settled at compile time, and without sinks there is nothing to load.
     if sinks_ptr is not None:  # noqa: SIM102
         if split == 0:
             # A key without a value, which only the denominator sees.
