@@ -57,9 +57,12 @@ def load_kv_tile(
 
 
 @triton.jit
-def softmax_step(q, k, v, visible, row_max, row_sum, acc, qk_scale, MASKED: tl.constexpr):
+def softmax_step(q, k, v, visible, row_max, row_sum, acc, qk_scale, MASKED: tl.constexpr, SOFT_CAP: tl.constexpr = 0.0):
     """Fold one KV tile into the running softmax; `visible` ``[BLOCK_M, TILE]`` is used only when MASKED."""
     scores = tl.dot(q, k.to(q.dtype), input_precision="ieee") * qk_scale
+    if SOFT_CAP > 0:
+        # cap * tanh(score / cap); far scores end at 1 - 2 / inf and 1 - 2 / 1.
+        scores = SOFT_CAP * LOG2_E * (1.0 - 2.0 / (1.0 + tl.exp2(scores * (2.0 / SOFT_CAP))))
     if MASKED:
         scores = tl.where(visible, scores, float("-inf"))
     new_max = tl.maximum(row_max, tl.max(scores, 1))

@@ -6,8 +6,8 @@
 Every query row of a request sees the same context (up to the sliding window) and the whole block, or with CAUSAL the
 block up to its own row, so the G query positions times the query heads of one KV head form one tile: each KV byte is
 read once per KV head (per 128 rows if there are more). Small batches are cut along the context into SPLITS programs
-(flash-decoding) whose results are merged by a second, tiny kernel; the first split also takes the block's own keys. Not
-supported: ALiBi, softcap, sinks.
+(flash-decoding) whose results are merged by a second, tiny kernel; the first split also takes the block's own keys. A
+draft head has no ALiBi, soft-cap or sinks, whatever its target has.
 """
 
 import torch

@@ -193,6 +193,8 @@ def tree_attention(
     q_scale: float | torch.Tensor = 1.0,
     k_scale: float | torch.Tensor = 1.0,
     v_scale: float | torch.Tensor = 1.0,
+    soft_cap: float = 0.0,
+    sinks: torch.Tensor | None = None,
     out: torch.Tensor,
 ) -> torch.Tensor:
     """Attention of scheduled rows over the paged KV cache: causal, with an ancestor mask among tree rows.
@@ -201,7 +203,9 @@ def tree_attention(
     T rows (0: none). Query row i sees key j iff ``j <= s - n + i``, except that a tree row (``i >= n - T``) sees a tree
     key (``j >= s - T``) iff bit ``j - (s - T)`` of ``batch_mask[b, i - (n - T)]`` is set. With ``sliding_window`` W > 0
     also ``true(row) - true(key) < W``, where the true position of a tree node is ``s - T + depth`` and of any other row
-    its flat position.
+    its flat position. With ``soft_cap`` c > 0 a scaled score x becomes ``c * tanh(x / c)`` (Gemma 2). With ``sinks``
+    the softmax of head h has one more score, ``sinks[h]``, neither scaled nor capped, which takes its share of the
+    weights and brings no value (gpt-oss).
 
     Args:
         q: ``[T, Hq, D]``, possibly fp8; may have padding rows past ``query_start_loc[B]``.
@@ -215,6 +219,8 @@ def tree_attention(
         max_query_len: largest n of the batch (an upper bound is enough); sizes the launch.
         sliding_window: W in tokens, 0 for none.
         q_scale, k_scale, v_scale: factors of queries, cached keys and values, float or 1-element tensor.
+        soft_cap: c, 0 for none.
+        sinks: ``[Hq]``, any float dtype, or None.
         out: ``[T, Hq, D]``, written for real rows only; its dtype is that of the products, whatever q's is.
 
     Returns:
@@ -232,7 +238,8 @@ def tree_attention(
         first = max(0, seq_len - (end - start) - sliding_window + 1) if sliding_window > 0 else 0
         k = _gather_paged(k_cache, block_table[b], first, seq_len, out.dtype, k_scale)
         v = _gather_paged(v_cache, block_table[b], first, seq_len, out.dtype, v_scale)
-        out[start:end] = _attend(q[start:end].to(out.dtype) * q_scale, k, v, visible[:, first:], scale)
+        rows = q[start:end].to(out.dtype) * q_scale
+        out[start:end] = _attend(rows, k, v, visible[:, first:], scale, soft_cap, sinks)
     return out
 
 
@@ -324,9 +331,18 @@ def _gather_paged(
 
 
 def _attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor | None, scale: float
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    visible: torch.Tensor | None,
+    scale: float,
+    soft_cap: float = 0.0,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """q ``[n, Hq, D]``, k and v ``[m, Hkv, D]``, visible bool ``[n, m]`` or None -> ``[n, Hq, D]``."""
+    """q ``[n, Hq, D]``, k and v ``[m, Hkv, D]``, visible bool ``[n, m]`` or None -> ``[n, Hq, D]``.
+
+    A soft-cap or sinks need `visible`.
+    """
     n, num_heads, head_dim = q.shape
     num_kv_heads = k.shape[1]
     group = num_heads // num_kv_heads
@@ -334,9 +350,18 @@ def _attend(
     rows = q.to(k.dtype).reshape(n, num_kv_heads, group, head_dim).permute(1, 2, 0, 3)
     rows = rows.reshape(1, num_kv_heads, group * n, head_dim)
     mask = None if visible is None else visible.repeat(group, 1)
-    result = F.scaled_dot_product_attention(
-        rows, k.transpose(0, 1)[None], v.transpose(0, 1)[None], attn_mask=mask, scale=scale
-    )
+    k, v = k.transpose(0, 1)[None], v.transpose(0, 1)[None]
+    if soft_cap or sinks is not None:
+        scores = rows @ k.transpose(2, 3) * scale
+        if soft_cap:
+            scores = soft_cap * (scores / soft_cap).tanh()
+        scores = scores.masked_fill(~mask, float("-inf"))
+        if sinks is not None:
+            sink = sinks.to(scores.dtype).view(num_kv_heads, group, 1).expand(-1, -1, n)
+            scores = torch.cat([scores, sink.reshape(1, num_kv_heads, group * n, 1)], dim=-1)
+        result = scores.softmax(dim=-1)[..., : k.shape[2]] @ v
+    else:
+        result = F.scaled_dot_product_attention(rows, k, v, attn_mask=mask, scale=scale)
     return result.view(num_kv_heads, group, n, head_dim).permute(2, 0, 1, 3).reshape(n, num_heads, head_dim).to(q.dtype)
 
 

@@ -6,8 +6,8 @@ heads of one KV head (BLOCK_M rows), so grouped heads share every KV read. Key t
 run without any mask arithmetic; the few at and past the first causal or tree boundary test, per row and key, the bit of
 the row's int64 ancestor mask. Programs find their request by bisection in ``query_start_loc``: request b's first tile
 is number ``query_start_loc[b] // BLOCK_Q + b``, which never overlaps the next one's, so the grid follows from shapes
-alone. Short queries (decoding, trees) of small batches are cut along the keys into SPLITS programs and merged. Not
-supported: ALiBi, softcap, sinks.
+alone. Short queries (decoding, trees) of small batches are cut along the keys into SPLITS programs and merged. A head's
+sink is what the softmax of its first split starts with. Not supported: ALiBi.
 """
 
 import torch
@@ -65,6 +65,7 @@ def _tree_attention_kernel(
     seq_lens_ptr,
     batch_mask_ptr,
     batch_len_ptr,
+    sinks_ptr,
     q_scale,
     k_scale,
     v_scale,
@@ -94,6 +95,7 @@ def _tree_attention_kernel(
     Q_SCALE_TENSOR: tl.constexpr,
     K_SCALE_TENSOR: tl.constexpr,
     V_SCALE_TENSOR: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_Q: tl.constexpr,
@@ -134,6 +136,12 @@ def _tree_attention_kernel(
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    # Nested: the outer test is settled at compile time, and without sinks there is nothing to load.
+    if sinks_ptr is not None:  # noqa: SIM102
+        if split == 0:
+            # A key without a value, which only the denominator sees.
+            row_max = tl.load(sinks_ptr + head, mask=live, other=0.0).to(tl.float32) * LOG2_E
+            row_sum = tl.full([BLOCK_M], 1.0, tl.float32)
 
     last_key = context_len + tl.minimum(first_query + BLOCK_Q, n)
     lowest = tl.minimum(context_len + first_query, tree_start)
@@ -161,7 +169,7 @@ def _tree_attention_kernel(
             k_ptr, v_ptr, table_ptr, keys, keys >= 0, dim,
             stride_k_block, stride_k_slot, stride_v_block, stride_v_slot, BLOCK_SIZE, HEAD_DIM,
         )  # fmt: skip
-        row_max, row_sum, acc = softmax_step(q, k, v, live[:, None], row_max, row_sum, acc, qk_scale, False)
+        row_max, row_sum, acc = softmax_step(q, k, v, live[:, None], row_max, row_sum, acc, qk_scale, False, SOFT_CAP)
     for tile in range(tl.maximum(begin, full_end), end):
         keys = tile * TILE + tl.arange(0, TILE)
         valid = (keys >= first_key) & (keys < last_key)
@@ -179,7 +187,7 @@ def _tree_attention_kernel(
             key_mask = tl.load(row_mask_ptr + shift, mask=is_tree_key, other=0)
             true_key = tl.where(is_tree_key, tree_start + _popcount(key_mask) - 1, keys)
             visible = visible & (true_row[:, None] - true_key[None, :] < WINDOW)
-        row_max, row_sum, acc = softmax_step(q, k, v, visible, row_max, row_sum, acc, qk_scale, True)
+        row_max, row_sum, acc = softmax_step(q, k, v, visible, row_max, row_sum, acc, qk_scale, True, SOFT_CAP)
     acc = acc * scalar(v_scale, V_SCALE_TENSOR)
 
     out_offset = row * stride_out_t + head * stride_out_h
@@ -206,14 +214,16 @@ def tree_attention(
     q_scale: float | torch.Tensor = 1.0,
     k_scale: float | torch.Tensor = 1.0,
     v_scale: float | torch.Tensor = 1.0,
+    soft_cap: float = 0.0,
+    sinks: torch.Tensor | None = None,
     out: torch.Tensor,
 ) -> torch.Tensor:
     """Write the real rows of out ``[T, Hq, D]`` and return it; see `reference.tree_attention`.
 
     q ``[T, Hq, D]``, k_cache and v_cache ``[num_blocks, block_size, Hkv, D]`` (any strides but 1 in D; possibly fp8),
     block_table int32 ``[>=B, M]``, query_start_loc int32 ``[>=B+1]``, seq_lens int32 ``[B]``, batch_mask int64
-    ``[Rmax, N1]`` with contiguous rows, batch_len int32 ``[Rmax]``. Raises ValueError for shapes or strides that do not
-    fit.
+    ``[Rmax, N1]`` with contiguous rows, batch_len int32 ``[Rmax]``, sinks ``[Hq]``, contiguous, or None. Raises
+    ValueError for shapes or strides that do not fit.
     """
     check_heads(q, k_cache, v_cache, out)
     num_reqs = seq_lens.shape[0]
@@ -240,6 +250,7 @@ def tree_attention(
         seq_lens,
         batch_mask,
         batch_len,
+        sinks,
         q_scale,
         k_scale,
         v_scale,
@@ -261,6 +272,7 @@ def tree_attention(
         Q_SCALE_TENSOR=torch.is_tensor(q_scale),
         K_SCALE_TENSOR=torch.is_tensor(k_scale),
         V_SCALE_TENSOR=torch.is_tensor(v_scale),
+        SOFT_CAP=soft_cap,
         SPLITS=splits,
         BLOCK_D=triton.next_power_of_2(head_dim),
         BLOCK_Q=block_q,

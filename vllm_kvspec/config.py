@@ -205,17 +205,20 @@ def unsupported_attention(target_config: Any) -> str | None:
 
     ``target_config`` is the target's Hugging Face text config.
     """
-    if getattr(target_config, "attn_logit_softcapping", None):
-        return "soft-capped attention"
-    if getattr(target_config, "model_type", None) == "gpt_oss":
-        return "attention sinks"
     if getattr(target_config, "alibi", False) or getattr(target_config, "model_type", None) in ("bloom", "mpt"):
         return "ALiBi positions"
     rope = _rope_parameters(target_config)
-    if any(isinstance(value, dict) for value in rope.values()):
+    # Granite's, layer by layer; 0 for none.
+    bases = getattr(target_config, "layer_rope_theta", None) or []
+    if any(isinstance(value, dict) for value in rope.values()) or len(set(bases)) > 1:
         return "other rotary positions in layers of another type"
     # Published configurations leave the older default out; those without rotary positions know no such key.
     return None if "rope_theta" in rope else "no rotary positions in its configuration"
+
+
+def has_attention_sinks(target_config: Any) -> bool:
+    """Whether the target's heads have sinks; ``target_config`` is its Hugging Face text config."""
+    return getattr(target_config, "model_type", None) in ("gpt_oss", "granite_swa", "granitemoe_swa")
 
 
 def target_fingerprint(target_config: Any, tokenizer: Any | None) -> dict[str, Any]:

@@ -32,11 +32,15 @@ STOCK = {
 NO_TREE = (torch.zeros(8, NODES + 1, dtype=torch.int64), torch.zeros(8, dtype=torch.int32))
 
 
-def attention(query, kv_cache, common: CommonAttentionMetadata, masks, window) -> torch.Tensor:
+SOFT_CAP, SINKS = {"logits_soft_cap": 0.5}, {"sinks": torch.tensor([-1.0, 0.0, 1.0, 2.0])}
+
+
+def attention(query, kv_cache, common: CommonAttentionMetadata, masks, window, soft_cap, sinks) -> torch.Tensor:
     k, v = kv_cache.transpose(1, 2).split(DIM, dim=-1)
     return reference.tree_attention(
         query, k, v, common.block_table_tensor, common.query_start_loc, common.seq_lens, *masks,
-        scale=DIM**-0.5, max_query_len=common.max_query_len, sliding_window=window, out=torch.empty(query.shape),
+        scale=DIM**-0.5, max_query_len=common.max_query_len, sliding_window=window, soft_cap=soft_cap, sinks=sinks,
+        out=torch.empty(query.shape),
     )  # fmt: skip
 
 
@@ -57,8 +61,10 @@ def backend(request, monkeypatch) -> SimpleNamespace:
         assert all(rows is None or len(rows) == len(query) for rows in (key, value))
         assert len(metadata.slot_mapping) == metadata.num_actual_tokens
         seen.stock_rows += len(query)
-        return output.copy_(attention(query, kv_cache, metadata, NO_TREE, self.sliding_window[0] + 1))
+        features = self.sliding_window[0] + 1, self.logits_soft_cap, self.sinks
+        return output.copy_(attention(query, kv_cache, metadata, NO_TREE, *features))
 
+    monkeypatch.setattr("vllm.v1.attention.backends.flash_attn.flash_attn_supports_sinks", lambda: True, raising=False)
     monkeypatch.setattr(impl, "forward", forward)
     monkeypatch.setattr(builder, "build", lambda self, prefix, common, fast_build=False: common)
     return seen
@@ -84,9 +90,19 @@ def batch(query_lens: list[int]) -> CommonAttentionMetadata:
 
 
 def run_layer(
-    backend, state, query_lens: list[int], trees: list[int] = (), window: int | None = None, cache_is_written=False
+    backend,
+    state,
+    query_lens: list[int],
+    trees: list[int] = (),
+    window: int | None = None,
+    cache_is_written=False,
+    features: dict | None = None,
 ) -> None:
-    """One layer over a batch gives what the twin gives; ``trees`` is the batch's requests that are on a tree."""
+    """One layer over a batch gives what the twin gives; ``trees`` is the batch's requests that are on a tree.
+
+    ``features``: the layer's soft-cap and sinks, as vLLM's layer gives them.
+    """
+    features = features or {}
     torch.manual_seed(0)
     for b in trees:
         state.batch_len[b] = min(query_lens[b], NODES + 1)
@@ -95,7 +111,7 @@ def run_layer(
     common = batch(query_lens)
     builder = object.__new__(backend.cls.get_builder_cls())
     builder.tree_state = state
-    impl = backend.cls.get_impl_cls()(HEADS, DIM, DIM**-0.5, KV_HEADS, None, window, "auto")
+    impl = backend.cls.get_impl_cls()(HEADS, DIM, DIM**-0.5, KV_HEADS, None, window, "auto", **features)
     rows = common.num_actual_tokens
     query = torch.randn(rows, HEADS, DIM)
     key = None if cache_is_written else torch.randn(rows, KV_HEADS, DIM)
@@ -103,7 +119,8 @@ def run_layer(
     layer = SimpleNamespace(_q_scale=torch.ones(1), _k_scale=torch.ones(1), _v_scale=torch.ones(1))
     out = torch.full_like(query, float("nan"))
     found = impl.forward(layer, query, key, key, kv_cache, builder.build(0, common), out)
-    expected = attention(query, kv_cache, common, (state.batch_mask, state.batch_len), window or 0)
+    options = features.get("logits_soft_cap", 0.0), features.get("sinks")
+    expected = attention(query, kv_cache, common, (state.batch_mask, state.batch_len), window or 0, *options)
     torch.testing.assert_close(found, expected)
 
 
@@ -135,6 +152,14 @@ def test_rows(backend, state, query_lens, trees, stock_rows, window):
     state.num_draft_reqs = max(trees, default=-1) + 1
     run_layer(backend, state, query_lens, trees, window)
     assert backend.stock_rows == stock_rows
+
+
+@pytest.mark.parametrize("features", [SOFT_CAP, SINKS, SOFT_CAP | SINKS], ids=" ".join)
+@pytest.mark.parametrize("window", [None, 7])
+def test_soft_cap_and_sinks(backend, state, window, features):
+    state.num_draft_reqs = 2
+    run_layer(backend, state, [4, 3, 1, 30], [0, 1], window, features=features)
+    assert backend.stock_rows == 31
 
 
 def test_no_keys_where_a_fused_op_has_written_the_cache(backend, state):
@@ -175,9 +200,9 @@ def test_quantized_query(backend, state, monkeypatch):
 
 @pytest.mark.parametrize("cls", STOCK)
 @pytest.mark.parametrize(
-    ("argument", "sentence"), [({"sinks": torch.zeros(HEADS)}, "sinks"), ({"logits_soft_cap": 30.0}, "soft-capping")]
+    ("alibi_slopes", "argument", "sentence"),
+    [([0.5] * HEADS, {}, "ALiBi"), (None, {"kv_sharing_target_layer_name": "layers.0"}, "KV sharing")],
 )
-def test_refused_features(cls, monkeypatch, argument, sentence):
-    monkeypatch.setattr("vllm.v1.attention.backends.flash_attn.flash_attn_supports_sinks", lambda: True, raising=False)
+def test_refused_features(cls, alibi_slopes, argument, sentence):
     with pytest.raises(ValueError, match=sentence):
-        cls.get_impl_cls()(HEADS, DIM, DIM**-0.5, KV_HEADS, None, None, "auto", **argument)
+        cls.get_impl_cls()(HEADS, DIM, DIM**-0.5, KV_HEADS, alibi_slopes, None, "auto", **argument)

@@ -15,6 +15,7 @@ from vllm.config import SpeculativeConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from vllm_kvspec.engine.config.keys import HONOURED, REFUSED, KVSpecConfig, base_defaults
@@ -172,8 +173,8 @@ def test_a_head_is_served_by_its_name(tmp_path, monkeypatch):
 def test_an_attention_that_no_head_fits_is_refused_before_anything_is_loaded(tmp_path):
     target = Path(shutil.copytree(TARGET, tmp_path / "target", ignore=shutil.ignore_patterns("*.safetensors")))
     shape = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 2, "head_dim": 32, "vocab_size": 4096}
-    AutoConfig.for_model("gemma2", **shape, architectures=["Gemma2ForCausalLM"]).save_pretrained(target)
-    with pytest.raises(ValueError, match="has soft-capped attention"):
+    AutoConfig.for_model("olmo3", **shape, architectures=["Olmo3ForCausalLM"]).save_pretrained(target)
+    with pytest.raises(ValueError, match="has other rotary positions in layers of another type"):
         EngineArgs(model=str(target), dtype="float32", speculative_config=kvspec()).create_engine_config()
 
 
@@ -348,23 +349,28 @@ class FakeGPU:
 
 
 @pytest.mark.parametrize(
-    ("major", "dtype", "asked", "stock"),
+    ("major", "dtype", "asked", "model_type", "stock"),
     [
-        (9, torch.bfloat16, None, "FLASH_ATTN"),
-        (8, torch.float16, "AUTO", "FLASH_ATTN"),
-        (9, torch.float32, None, "TRITON_ATTN"),
-        (10, torch.bfloat16, None, "TRITON_ATTN"),
-        (9, torch.bfloat16, AttentionBackendEnum.TRITON_ATTN, "TRITON_ATTN"),
-        (10, torch.bfloat16, AttentionBackendEnum.FLASH_ATTN, "FLASH_ATTN"),
+        (9, torch.bfloat16, None, "qwen3", "FLASH_ATTN"),
+        (8, torch.float16, "AUTO", "qwen3", "FLASH_ATTN"),
+        (9, torch.float32, None, "qwen3", "TRITON_ATTN"),
+        (10, torch.bfloat16, None, "qwen3", "TRITON_ATTN"),
+        (9, torch.bfloat16, AttentionBackendEnum.TRITON_ATTN, "qwen3", "TRITON_ATTN"),
+        (10, torch.bfloat16, AttentionBackendEnum.FLASH_ATTN, "qwen3", "FLASH_ATTN"),
+        (9, torch.bfloat16, None, "gpt_oss", "FLASH_ATTN"),
+        (8, torch.bfloat16, None, "gpt_oss", "TRITON_ATTN"),
     ],
 )
-def test_stock_attention(monkeypatch, major, dtype, asked, stock):
+def test_stock_attention(monkeypatch, major, dtype, asked, model_type, stock):
     """FlashAttention where vLLM would take it, Triton elsewhere; the one asked for; the same when repeated."""
     monkeypatch.setattr("vllm_kvspec.engine.config.selection.current_platform", FakeGPU(major))
     registered = []
     monkeypatch.setattr("vllm_kvspec.engine.config.selection.register_cuda_backend", registered.append)
     arguments = EngineArgs(model=TARGET, attention_backend=asked)
-    target = SimpleNamespace(dtype=dtype, get_head_size=lambda: 64, hf_config=None)
+    # vLLM's answer: sinks need FlashAttention 3.
+    monkeypatch.setattr(FlashAttentionBackend, "supports_sink", lambda: major >= 9)
+    text_config = SimpleNamespace(model_type=model_type)
+    target = SimpleNamespace(dtype=dtype, get_head_size=lambda: 64, hf_config=None, hf_text_config=text_config)
     for _ in range(2):
         config = SimpleNamespace(target_model_config=target)
         select_attention_backend(arguments, config)

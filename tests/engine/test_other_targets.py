@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Targets of other shapes, with random weights: another head_dim, GQA ratio, attention bias, untied embeddings, and a
-sliding window shorter than the text. An untrained head fits any of them; the oracle drafter walks long paths."""
+"""Targets of other shapes, with random weights: another head_dim, GQA ratio, attention bias, untied embeddings, a
+sliding window shorter than the text, soft-capped scores, attention sinks. An untrained head fits any of them; the
+oracle drafter walks long paths."""
 
 import json
 import shutil
@@ -64,6 +65,33 @@ TARGETS = {
             "original_max_position_embeddings": 128,
         },
     },
+    # A cap and sinks that decide: without either, another text.
+    "gemma2": {
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "sliding_window": 20,
+        "query_pre_attn_scalar": 16,
+        "attn_logit_softcapping": 2.0,
+        "tie_word_embeddings": True,
+    },
+    "gpt_oss": {
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "sliding_window": 20,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 150000.0,
+            "factor": 4.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "truncate": False,
+            "original_max_position_embeddings": 128,
+        },
+    },
 }
 # In keys and values of the null block. Finite, since a masked row may still be multiplied by a weight of zero.
 POISON = 1e3
@@ -72,7 +100,14 @@ POISON = 1e3
 def write_target(name: str, directory: Path) -> Path:
     torch.manual_seed(0)
     config = AutoConfig.for_model(name.split("-")[0], **{**COMMON, **TARGETS[name]})
-    AutoModelForCausalLM.from_config(config).save_pretrained(directory)
+    model = AutoModelForCausalLM.from_config(config)
+    for parameter_name, parameter in model.named_parameters():
+        if parameter_name.endswith("sinks"):
+            torch.nn.init.normal_(parameter, mean=2.0)
+    if config.tie_word_embeddings:
+        # With larger rows every token follows itself.
+        model.get_input_embeddings().weight.data *= 0.2
+    model.save_pretrained(directory)
     for path in Path(TARGET).glob("tokenizer*"):
         shutil.copy(path, directory)
     return directory

@@ -66,13 +66,18 @@ def make_paged():
     return make
 
 
-def dense_attention(q, k, v, visible, scale):
-    """float64 truth: q [n, Hq, D], k and v [m, Hkv, D], visible bool [n, m]."""
+def dense_attention(q, k, v, visible, scale, soft_cap=0.0, sinks=None):
+    """float64 truth: q [n, Hq, D], k and v [m, Hkv, D], visible bool [n, m], sinks [Hq] or None."""
     group = q.shape[1] // k.shape[1]
     k, v = (x.double().repeat_interleave(group, 1) for x in (k, v))
     scores = torch.einsum("nhd,mhd->nhm", q.double(), k) * scale
+    if soft_cap:
+        scores = soft_cap * torch.tanh(scores / soft_cap)
     scores = scores.masked_fill(~visible[:, None, :], float("-inf"))
-    return torch.einsum("nhm,mhd->nhd", scores.softmax(-1), v)
+    total = scores.logsumexp(-1)
+    if sinks is not None:
+        total = torch.logaddexp(total, sinks.double())
+    return torch.einsum("nhm,mhd->nhd", (scores - total[:, :, None]).exp(), v)
 
 
 @pytest.fixture

@@ -2,9 +2,9 @@
 """Which variants of each kernel the launchers can choose on a GPU, and which of them the compile gate compiles.
 
 A variant is one call of a real launcher. Its features are what the compiled code depends on: the tile that
-`tile_config` picks for the rows and heads, head dimension, dtypes, block size, splits, window and causal block. Every
-number of rows up to `MAX_ROWS` and every group up to `MAX_GROUP` is asked for its tile and each distinct tile kept
-once, so a change of `tile_config` changes the list by itself.
+`tile_config` picks for the rows and heads, head dimension, dtypes, block size, splits, window, causal block, sinks or
+soft-cap. Every number of rows up to `MAX_ROWS` and every group up to `MAX_GROUP` is asked for its tile and each
+distinct tile kept once, so a change of `tile_config` changes the list by itself.
 
 ``pairs`` is a covering array: every two features that can occur together do so in some variant; beside it, where
 registers are scarcest, every combination: the largest tile of the tree kernel. That is what CI compiles. ``all`` is the
@@ -43,7 +43,9 @@ DTYPES = {
     "fp8": (torch.bfloat16, torch.float8_e4m3fn),
 }
 # What decides registers and shared memory.
-CRITICAL = ("tile", "group", "block keys", "D", "dtype", "splits", "window", "causal")
+CRITICAL = ("tile", "group", "block keys", "D", "dtype", "splits", "window", "causal", "scores")
+# How scores become weights; no model has both.
+SCORES = ("plain", "sinks", "soft-cap")
 
 
 @dataclass(frozen=True)
@@ -81,14 +83,16 @@ def draft_attention(rows, group, dim, dtype, splits, window, causal, block_size,
     )  # fmt: skip
 
 
-def verify_attention(rows, group, dim, dtype, splits, window, block_size, kv_heads=2) -> None:
+def verify_attention(rows, group, dim, dtype, splits, window, scores, block_size, kv_heads=2) -> None:
     tree.num_splits = lambda *_: splits
     q_dtype, cache_dtype = DTYPES[dtype]
     out = torch.zeros(2 * rows, group * kv_heads, dim, dtype=q_dtype)
     q, scale = (out.to(cache_dtype), torch.ones(1)) if dtype == "fp8" else (out, 1.0)
     tree.tree_attention(
         q, *caches(kv_heads, dim, cache_dtype, block_size), ints(2, 64), ints(3), ints(2), longs(256, 64), ints(256),
-        scale=0.1, max_query_len=rows, sliding_window=window, q_scale=scale, k_scale=scale, v_scale=scale, out=out,
+        scale=0.1, max_query_len=rows, sliding_window=window, q_scale=scale, k_scale=scale, v_scale=scale,
+        soft_cap=50.0 if scores == "soft-cap" else 0.0,
+        sinks=torch.zeros(group * kv_heads, dtype=q_dtype) if scores == "sinks" else None, out=out,
     )  # fmt: skip
 
 
@@ -118,13 +122,11 @@ def attention_variants(capability: int, is_draft: bool) -> list[Variant]:
     dtypes = [dtype for dtype in DTYPES if dtype != "fp8" or capability >= 89]
     for dim, dtype in product(HEAD_DIMS, dtypes):
         for rows, group, tile in _tiles(dim, dtype, is_draft):
-            for splits, window, causal, block_size in product((1, 8), (0, 4096), (False, True), BLOCK_SIZES):
+            own = product(["causal"], (False, True)) if is_draft else product(["scores"], SCORES)
+            for splits, window, (name, value), block_size in product((1, 8), (0, 4096), own, BLOCK_SIZES):
                 options = dict(rows=rows, group=group, dim=dim, dtype=dtype, splits=splits, window=window)
                 features = tile | {"D": dim, "dtype": dtype, "splits": splits, "window": window}
-                if is_draft:
-                    options["causal"] = features["causal"] = causal
-                elif causal:
-                    continue
+                options[name] = features[name] = value
                 options["block_size"] = features["block size"] = block_size
                 variants.append(Variant(draft_attention if is_draft else verify_attention, options, features))
     return variants
@@ -257,7 +259,7 @@ def largest_tile(variants: list[Variant]) -> Variant:
 
 
 def largest_tiles(variants: list[Variant]) -> list[Variant]:
-    """Every combination of group, splits and window in the largest tile, in bf16 at head dimension 128."""
+    """Every combination of group, splits, window and scores in the largest tile, in bf16 at head dimension 128."""
     fixed = {"tile": largest_tile(variants).features["tile"], "D": 128, "dtype": "bf16", "block size": 16}
     return [v for v in variants if fixed.items() <= v.features.items()]
 

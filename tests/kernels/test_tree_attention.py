@@ -82,14 +82,13 @@ class Case:
         assert out[-3:].isnan().all()
         return out[:-3]
 
-    def truth(self, dense) -> torch.Tensor:
+    def truth(self, dense, **options) -> torch.Tensor:
         start, parts = 0, []
         for b, (n, context, tree) in enumerate(self.requests):
             visible = _visible(n, n + context, tree, self.masks[b].tolist(), self.window).to(self.q.device)
             if n:
-                parts.append(
-                    dense(self.q[start : start + n], self.paged.keys[b], self.paged.values[b], visible, self.scale)
-                )
+                kv = self.paged.keys[b], self.paged.values[b]
+                parts.append(dense(self.q[start : start + n], *kv, visible, self.scale, **options))
             start += n
         return torch.cat(parts)
 
@@ -126,6 +125,37 @@ def test_kernel_and_twin_match_float64(
     truth = case.truth(dense)
     for attention in (tree_attention, reference.tree_attention):
         assert relative_error(case.run(attention), truth) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize(
+    ("soft_cap", "sinks"),
+    [
+        pytest.param(1.5, None, id="cap"),
+        pytest.param(0.0, torch.float32, id="sinks"),
+        pytest.param(0.0, torch.bfloat16, id="sinks-bf16"),
+        pytest.param(1.5, torch.float32, id="both"),
+    ],
+)
+@pytest.mark.parametrize("splits", [1, 4])
+@pytest.mark.parametrize("window", [0, 20, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+def test_soft_cap_and_sinks(monkeypatch, make_paged, dense, device, dtype, window, splits, sinks, soft_cap):
+    monkeypatch.setattr(module, "num_splits", lambda *_: splits)
+    requests = [(9, 75, 9), (1, 40, 0), (12, 20, 5), (3, 0, 0)]
+    case = Case(make_paged, device, requests, 6, 2, 64, 16, dtype, HND, window, 9)
+    # From next to nothing to nearly all of the weight.
+    sinks = None if sinks is None else torch.linspace(-4, 8, 6).to(sinks).to(device)
+    options = dict(soft_cap=soft_cap, sinks=sinks)
+    truth = case.truth(dense, **options)
+    for attention in (tree_attention, reference.tree_attention):
+        assert relative_error(case.run(attention, **options), truth) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("attention", [tree_attention, reference.tree_attention])
+def test_soft_cap_of_scores_far_beyond_it(make_paged, dense, device, attention):
+    case = Case(make_paged, device, [(9, 40, 9), (1, 20, 0)], 4, 2, 64, 16, torch.float32, HND, 0, 9)
+    case.scale = 1e3
+    assert relative_error(case.run(attention, soft_cap=2.0), case.truth(dense, soft_cap=2.0)) < 1e-5
 
 
 def test_chain_mask_is_plain_causal_attention(make_paged, device):

@@ -6,12 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from vllm_kvspec.models.attention import KVSpecAttention
 from vllm_kvspec.models.draft_head import KVSpecDraftModel, head_config_for
 from vllm_kvspec.models.drafting import draft_candidates, draft_logits
-from vllm_kvspec.models.target import view_target
+from vllm_kvspec.models.target import head_logits, view_target
 
 BLOCK = 4
 
@@ -301,3 +301,29 @@ def test_previous_tokens_add_the_bias_to_one_forward(served_pair):
     torch.testing.assert_close(out, run(head, target, ids, base))
     expected = head.transition_in.weight[previous] @ head.transition_out.weight.T
     torch.testing.assert_close(bias, expected)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "options"),
+    [
+        ("qwen3", {}),
+        ("gemma2", {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 0.5}),
+        ("cohere2", {"logit_scale": 0.25}),
+        ("granite", {"logits_scaling": 8.0}),
+        ("gpt_oss", {"num_local_experts": 2, "num_experts_per_tok": 1}),
+    ],
+)
+def test_logits_of_a_head_are_scaled_and_capped_as_the_targets_are(model_type, options):
+    shape = dict(num_hidden_layers=2, hidden_size=32, num_attention_heads=2, num_key_value_heads=1, head_dim=16)
+    config = AutoConfig.for_model(
+        model_type, **shape, intermediate_size=32, vocab_size=50, pad_token_id=0, initializer_range=0.3, **options
+    )
+    torch.manual_seed(0)
+    target = AutoModelForCausalLM.from_config(config).eval()
+    ids = torch.randint(0, 50, (1, 12))
+    view = view_target(target, head_config_for(config, num_hidden_layers=1), ids)
+    with torch.no_grad():
+        expected = target(ids).logits
+        torch.testing.assert_close(head_logits(target, view.hidden), expected)
+        some = torch.tensor([3, 41, 7])
+        torch.testing.assert_close(head_logits(target, view.hidden, some), expected[..., some])

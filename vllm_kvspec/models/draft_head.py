@@ -257,8 +257,8 @@ def head_config_for(target_config, tokenizer=None, **overrides) -> KVSpecDraftCo
     if reason := unsupported_attention(target_config):
         name = getattr(target_config, "name_or_path", "") or target_config.model_type
         raise ValueError(
-            f"A kvspec head attends to the target's KV cache as the target does, with rotary positions that all layers "
-            f"share; {name} has {reason}. Use another target, or serve it with another method."
+            f"A kvspec head attends to the target's KV cache with the rotary positions of its keys, which all layers "
+            f"must share; {name} has {reason}. Use another target, or serve it with another method."
         )
     found = target_fingerprint(target_config, tokenizer)
     fields = {

@@ -52,9 +52,15 @@ def at_positions(states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
 
 
 def head_logits(target: PreTrainedModel, hidden: torch.Tensor, token_ids: torch.Tensor | None = None) -> torch.Tensor:
-    """The target's LM head, in its dtype, over ``hidden`` [..., H] -> [..., V], or its rows ``token_ids`` [Vd] only."""
-    lm_head = target.get_output_embeddings()
+    """The target's logits, in its dtype, of ``hidden`` [..., H] -> [..., V], or of the tokens ``token_ids`` [Vd] only.
+
+    With the factor of Cohere's and Granite's logits and the cap of Gemma's, as the served target has them.
+    """
+    lm_head, config = target.get_output_embeddings(), target.config.get_text_config()
     hidden = hidden.to(lm_head.weight.dtype)
-    if token_ids is None:
-        return lm_head(hidden)
-    return torch.nn.functional.linear(hidden, lm_head.weight[token_ids])
+    logits = lm_head(hidden) if token_ids is None else torch.nn.functional.linear(hidden, lm_head.weight[token_ids])
+    scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+    if scale != 1.0:
+        logits = logits * scale
+    cap = getattr(config, "final_logit_softcapping", None)
+    return logits if not cap else cap * torch.tanh(logits / cap)

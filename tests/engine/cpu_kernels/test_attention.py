@@ -35,8 +35,10 @@ heads = st.sampled_from([(1, 1), (3, 1), (9, 3), (8, 2), (4, 4)])
 
 @settings(max_examples=60, deadline=None)
 @given(data=st.data(), shape=heads, dim=st.sampled_from([8, 64, 80]), block_size=st.sampled_from([16, 32]),
-       layout=st.sampled_from(list(LAYOUTS)), window=st.sampled_from([0, 0, 1, 7, 20]))  # fmt: skip
-def test_tree_attention(data, shape, dim, block_size, layout, window):
+       layout=st.sampled_from(list(LAYOUTS)), window=st.sampled_from([0, 0, 1, 7, 20]),
+       soft_cap=st.sampled_from([0.0, 0.0, 0.5, 2.0, 50.0]),
+       sink=st.sampled_from([None, None, -8.0, 0.0, 8.0]))  # fmt: skip
+def test_tree_attention(data, shape, dim, block_size, layout, window, soft_cap, sink):
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 999)))
     batch = data.draw(st.integers(1, 3))
     trees, rows, seqs, masks = [], [], [], torch.zeros(batch, 64, dtype=torch.int64)
@@ -55,7 +57,8 @@ def test_tree_attention(data, shape, dim, block_size, layout, window):
     q = torch.randn(sum(rows) + 2, shape[0], dim, generator=generator)
     inputs = (q, k, v, table, starts, torch.tensor(seqs, dtype=torch.int32), masks)
     lengths = torch.tensor([*trees, 7], dtype=torch.int32)
-    options = {"scale": dim**-0.5, "max_query_len": max(rows), "sliding_window": window}
+    options = {"scale": dim**-0.5, "max_query_len": max(rows), "sliding_window": window, "soft_cap": soft_cap}
+    options["sinks"] = None if sink is None else sink + torch.randn(shape[0], generator=generator)
     ours, twin = torch.full_like(q, 5.0), torch.full_like(q, 5.0)
     attention.tree_attention(*inputs, lengths, out=ours, **options)
     reference.tree_attention(*inputs, lengths, out=twin, **options)

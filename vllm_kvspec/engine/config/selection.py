@@ -10,6 +10,7 @@ from vllm.utils.torch_utils import resolve_kv_cache_dtype_string
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from vllm_kvspec import __version__
+from vllm_kvspec.config import has_attention_sinks
 from vllm_kvspec.engine.budget.choice import Acceptance, budget_sizes, read_costs
 from vllm_kvspec.engine.config.keys import KVSpecConfig
 from vllm_kvspec.engine.config.refusals import CPU_WORKER, CUDA_WORKER, refuse_engine_options
@@ -56,6 +57,8 @@ def _prefers_flash_attention(engine_args: Any, target: ModelConfig) -> bool:
         and target.dtype in FlashAttentionBackend.supported_dtypes
         and FlashAttentionBackend.supports_head_size(target.get_head_size())
         and FlashAttentionBackend.supports_kv_cache_dtype(cache_dtype)
+        # Its version 2, which compute capability 8 and 12 run, knows no sinks.
+        and (not has_attention_sinks(target.hf_text_config) or FlashAttentionBackend.supports_sink())
     )
 
 

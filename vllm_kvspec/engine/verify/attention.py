@@ -30,7 +30,8 @@ def attend(
     """Write the attention of a batch's rows, on trees or not, to ``output`` [num_tokens, num_heads, head_dim].
 
     ``query`` has that shape too; ``k_cache`` and ``v_cache`` are [num_blocks, block_size, num_kv_heads, head_dim].
-    ``metadata`` has vLLM's fields and ``tree_state``. ``sliding_window`` is in tokens, 0 for full attention.
+    ``metadata`` has vLLM's fields and ``tree_state``. ``sliding_window`` is in tokens, 0 for full attention. ``impl``
+    has the layer's soft-cap (0 or None for none) and its sinks [num_heads] or None.
     """
     tokens = metadata.num_actual_tokens
     ops.tree_attention(
@@ -48,18 +49,18 @@ def attend(
         q_scale=q_scale,
         k_scale=k_scale,
         v_scale=v_scale,
+        soft_cap=float(impl.logits_soft_cap or 0.0),
+        sinks=impl.sinks,
         out=output[:tokens].view(tokens, impl.num_heads, impl.head_size),
     )
 
 
-def refuse_attention_features(alibi_slopes, logits_soft_cap, attn_type, kv_sharing_target_layer_name, sinks) -> None:
+def refuse_attention_features(alibi_slopes, attn_type, kv_sharing_target_layer_name) -> None:
     """Raise ValueError for what the tree attention kernel does not compute."""
     found = {
         "ALiBi": alibi_slopes is not None,
-        "attention logit soft-capping": bool(logits_soft_cap),
         f"{attn_type} attention": attn_type != AttentionType.DECODER,
         "KV sharing between layers": kv_sharing_target_layer_name is not None,
-        "attention sinks": sinks is not None,
     }
     for feature, present in found.items():
         if present:

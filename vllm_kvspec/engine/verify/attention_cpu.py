@@ -98,13 +98,15 @@ class CPUTreeAttentionImpl(AttentionImpl):
         kv_sharing_target_layer_name: str | None = None,
         sinks: torch.Tensor | None = None,
     ):
-        refuse_attention_features(alibi_slopes, logits_soft_cap, attn_type, kv_sharing_target_layer_name, sinks)
+        refuse_attention_features(alibi_slopes, attn_type, kv_sharing_target_layer_name)
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads or num_heads
         self.head_size = head_size
         self.scale = float(scale)
         self.sliding_window = sliding_window or 0
         self.kv_cache_dtype = kv_cache_dtype
+        self.logits_soft_cap = logits_soft_cap
+        self.sinks = sinks
 
     def do_kv_cache_update(
         self,

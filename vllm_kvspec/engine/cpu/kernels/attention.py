@@ -40,6 +40,20 @@ def exp(x):
 
 
 @_inlined
+def tanh(x):
+    """Tanh in fp32, to about two units in the last place (Cephes' polynomial, and 1 - 2 / (e**2|x| + 1))."""
+    y = x * x
+    p = _F(-5.70498872745e-3)
+    p = p * y + _F(2.06390887954e-2)
+    p = p * y + _F(-5.37397155531e-2)
+    p = p * y + _F(1.33314422036e-1)
+    p = p * y + _F(-3.33332819422e-1)
+    decay = exp(_F(-2.0) * abs(x))
+    far = _F(1.0) - _F(2.0) * decay / (_F(1.0) + decay)
+    return p * y * x + x if abs(x) < _F(0.625) else math.copysign(far, x)
+
+
+@_inlined
 def _dot(q0, q1, keys, starts, first, end, dim, scores0, scores1):
     """scores[j] = q . key j for both queries and j in [first, end); key j starts at ``starts[j]`` of ``keys``."""
     j = first
@@ -97,13 +111,24 @@ def _weigh(weights0, weights1, values, starts, first, end, dim, sum0, sum1):
 
 
 @_inlined
-def _softmax(scores, scale):
-    """Scores to unnormalised weights; returns what to multiply the weighted sum by."""
+def _cap(scores, scale, soft_cap):
+    """Scores to those that, times `soft_cap`, are the scaled and capped ones."""
+    factor = scale / soft_cap
+    for j in range(len(scores)):
+        scores[j] = tanh(scores[j] * factor)
+
+
+@_inlined
+def _softmax(scores, scale, sink):
+    """Scores to unnormalised weights; returns what to multiply the weighted sum by.
+
+    `sink` is a score that is scaled already and has no value; -inf for none.
+    """
     # Loops from 0: only with an index that cannot be negative are they vector code.
-    top = _F(-np.inf)
+    top = sink / scale
     for j in range(len(scores)):
         top = max(top, scores[j])
-    total = _F(0)
+    total = exp(sink - top * scale)
     for j in range(len(scores)):
         weight = exp((scores[j] - top) * scale)
         scores[j] = weight
@@ -160,16 +185,20 @@ def _hide_from_row(scores, row, num_rows, seq_len, tree, masks, window, first, e
 _LAYOUT = (INT,) * 7  # block size; strides of a block, a slot and a head; KV heads, query heads for each, head_dim
 
 
-@compiled(F32, F32, F32, F32, I32, I32, I32, I64, I32, INT, INT, INT, *_LAYOUT, types.float32, INT, fastmath=_FAST)
+@compiled(
+    F32, F32, F32, F32, I32, I32, I32, I64, I32, F32, INT, INT, INT, *_LAYOUT, types.float32, INT, types.float32,
+    fastmath=_FAST,
+)  # fmt: skip
 def _tree_attention(
-    q, keys, values, out, tables, row_starts, seq_lens, masks, trees, num_reqs, table_stride, mask_stride,
-    block_size, stride_block, stride_slot, stride_head, num_kv_heads, group, dim, scale, window,
+    q, keys, values, out, tables, row_starts, seq_lens, masks, trees, sinks, num_reqs, table_stride, mask_stride,
+    block_size, stride_block, stride_slot, stride_head, num_kv_heads, group, dim, scale, window, soft_cap,
 ):  # fmt: skip
     longest = seq_lens[:num_reqs].max() if num_reqs else 0
     scores0, scores1 = np.empty(longest, np.float32), np.empty(longest, np.float32)
     sum0, sum1 = np.zeros(dim, np.float32), np.zeros(dim, np.float32)
     starts, head_starts = np.empty(longest, np.int64), np.empty(longest, np.int64)
     width = num_kv_heads * group * dim
+    score_scale = soft_cap if soft_cap > 0 else scale
     for b in range(num_reqs):
         row_start, seq_len, tree = row_starts[b], seq_lens[b], trees[b]
         num_rows = row_starts[b + 1] - row_start
@@ -186,13 +215,18 @@ def _tree_attention(
                 # The last of an odd number of query rows goes with itself.
                 s = min(r + 1, num_rows * group - 1)
                 i, j = r // group, s // group
-                a = (row_start + i) * width + (h * group + r - i * group) * dim
-                c = (row_start + j) * width + (h * group + s - j * group) * dim
+                head0, head1 = h * group + r - i * group, h * group + s - j * group
+                a = (row_start + i) * width + head0 * dim
+                c = (row_start + j) * width + head1 * dim
                 end = seq_len if j >= num_rows - tree else seq_len - num_rows + j + 1
                 _dot(q[a : a + dim], q[c : c + dim], keys, head_starts, first, end, dim, scores0, scores1)
+                if soft_cap > 0:
+                    _cap(scores0[first:end], scale, soft_cap)
+                    _cap(scores1[first:end], scale, soft_cap)
                 _hide_from_row(scores0, i, num_rows, seq_len, tree, mask, window, first, end)
                 _hide_from_row(scores1, j, num_rows, seq_len, tree, mask, window, first, end)
-                factor0, factor1 = _softmax(scores0[first:end], scale), _softmax(scores1[first:end], scale)
+                factor0 = _softmax(scores0[first:end], score_scale, sinks[head0])
+                factor1 = _softmax(scores1[first:end], score_scale, sinks[head1])
                 _weigh(scores0, scores1, values, head_starts, first, end, dim, sum0, sum1)
                 _store(out, a, dim, sum0, factor0)
                 _store(out, c, dim, sum1, factor1)
@@ -239,7 +273,8 @@ def _draft_attention(
                 _dot(q0, q1, own_keys, head_starts, context, end, dim, scores0, scores1)
                 _hide_from_block_row(scores0, i, context, window, causal, first, end)
                 _hide_from_block_row(scores1, j, context, window, causal, first, end)
-                factor0, factor1 = _softmax(scores0[first:end], scale), _softmax(scores1[first:end], scale)
+                factor0 = _softmax(scores0[first:end], scale, _F(-np.inf))
+                factor1 = _softmax(scores1[first:end], scale, _F(-np.inf))
                 _weigh(scores0, scores1, values, head_starts, first, context, dim, sum0, sum1)
                 _weigh(scores0, scores1, own_values, head_starts, context, end, dim, sum0, sum1)
                 _store(out, a, dim, sum0, factor0)
@@ -297,10 +332,13 @@ def tree_attention(q, k_cache, v_cache, block_table, query_start_loc, seq_lens, 
         return reference.tree_attention(
             q, k_cache, v_cache, block_table, query_start_loc, seq_lens, batch_mask, batch_len, **options
         )
+    sinks = options.get("sinks")
+    sinks = torch.full((q.shape[1],), -math.inf) if sinks is None else sinks.detach().float()
     _tree_attention(
         flat(q.contiguous()), flat(k_cache), flat(v_cache), flat(out), flat(block_table), flat(query_start_loc),
-        flat(seq_lens), flat(batch_mask), flat(batch_len), len(seq_lens), block_table.stride(0), batch_mask.stride(0),
-        *_layout(k_cache, q.shape[1]), options["scale"], options.get("sliding_window", 0),
+        flat(seq_lens), flat(batch_mask), flat(batch_len), flat(sinks), len(seq_lens), block_table.stride(0),
+        batch_mask.stride(0), *_layout(k_cache, q.shape[1]), options["scale"], options.get("sliding_window", 0),
+        options.get("soft_cap", 0.0),
     )  # fmt: skip
     return out
 
