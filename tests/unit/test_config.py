@@ -102,8 +102,6 @@ def test_fingerprint_of_a_config_without_optional_fields():
         ("gpt_oss", "attention sinks"),
         ("bloom", "ALiBi positions"),
         ("opt", "no rotary positions in its configuration"),
-        ("gemma3_text", "other rotary positions in layers of another type"),
-        ("olmo3", "other rotary positions in layers of another type"),
     ],
 )
 def test_targets_that_no_head_fits(model_type, reason):
@@ -114,7 +112,8 @@ def test_targets_that_no_head_fits(model_type, reason):
 
 
 @pytest.mark.parametrize(
-    "model_type", ["llama", "qwen3", "phi3", "gpt_neox", "smollm3", "cohere2", "olmo2", "glm4_moe"]
+    "model_type",
+    ["llama", "qwen3", "phi3", "gpt_neox", "smollm3", "cohere2", "olmo2", "glm4_moe", "gemma3_text", "olmo3"],
 )
 def test_targets_that_heads_fit(model_type):
     assert unsupported_attention(AutoConfig.for_model(model_type)) is None

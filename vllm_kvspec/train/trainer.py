@@ -73,7 +73,7 @@ def head_loss(
     with torch.no_grad():
         # The distribution that the row's text was drawn from; greedy text would make it infinitely sharp.
         temperature = batch["temperatures"].clamp(min=settings.min_teacher_temperature)
-        teacher = head_logits(target, view.hidden / temperature[:, None, None], draft_ids)[rows, positions]
+        teacher = head_logits(target, view.hidden, draft_ids)[rows, positions] / temperature[:, None, None, None]
         following = (positions + 1).clamp(max=input_ids.shape[1] - 1)
         labels, in_text = input_ids[rows, following], positions + 1 < lengths[:, None, None]
         if draft_ids is not None:
