@@ -134,7 +134,7 @@ def init_from_target(head: KVSpecDraftModel, target: PreTrainedModel) -> None:
 
 
 def norm_scale(norm: torch.nn.Module, like: torch.Tensor) -> torch.Tensor:
-    """What ``norm`` multiplies each element by, [H] shaped as ``like``: its weight, or as in Gemma one more than that."""
+    """What ``norm`` multiplies each element by, [H] as ``like``: its weight, or as in Gemma one more than that."""
     alternating = torch.ones_like(like)
     # Of mean 0 and mean square 1; without a bias of the norm it would do to look at one sign.
     alternating[1::2] = -1
