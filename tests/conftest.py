@@ -32,6 +32,8 @@ def _load_neighbour(name: str):
 
 # Conftests of subdirectories import it before pytest_configure.
 _load_neighbour("interpreted_vllm")
+_load_neighbour("copy_language")
+_load_neighbour("architectures")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -11,6 +11,8 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from vllm_kvspec.rope import is_per_layer_type, layer_types, rope_parameters
+
 CONTEXTS = ("hidden", "kv", "hybrid")
 FUSIONS = ("direct", "concat", "projection", "projection_rope", "gated")
 DRAFTINGS = ("block", "autoregressive")
@@ -44,8 +46,11 @@ class KVSpecDraftConfig(PreTrainedConfig):
 
     ``transition_rank`` 0 means no transition bias. ``draft_vocab_size`` below ``vocab_size`` means that the head scores
     a part of the vocabulary. ``greedy_scale`` divides the head's logits when a tree for greedy decoding is ranked
-    (``tree.ranking_scale``). Everything that shapes queries, keys and values equals the target's. Raises ValueError for
-    shapes that no head can have.
+    (``tree.ranking_scale``). Everything that shapes queries, keys and values equals the target's: ``rope_parameters``,
+    or where it is not one for all layers ``layer_rope_parameters``, one entry per head layer, null for a layer without
+    rotary positions; ``rope_interleaved`` says that the pairs of a rotation are neighbours.
+
+    Raises ValueError for shapes that no head can have.
     """
 
     model_type = "kvspec"
@@ -65,6 +70,8 @@ class KVSpecDraftConfig(PreTrainedConfig):
     rms_norm_eps: float = 1e-6
     hidden_act: str = "silu"
     rope_parameters: dict | None = None
+    layer_rope_parameters: list[dict | None] | None = None
+    rope_interleaved: bool = False
     qk_norm: bool = True
     attention_bias: bool = False
     transition_rank: int = 64
@@ -99,6 +106,10 @@ class KVSpecDraftConfig(PreTrainedConfig):
         """Whether a row's input needs the head's own output of the row before."""
         return self.drafting == "autoregressive" and self.context != "kv"
 
+    def layer_rope(self, layer: int) -> dict[str, Any] | None:
+        """RoPE parameters of a head layer's rows: those of the keys it reads; None for no rotation."""
+        return self.rope_parameters if self.layer_rope_parameters is None else self.layer_rope_parameters[layer]
+
     def _check(self) -> None:
         for key, values in (("context", CONTEXTS), ("fusion", FUSIONS), ("drafting", DRAFTINGS)):
             if getattr(self, key) not in values:
@@ -115,6 +126,11 @@ class KVSpecDraftConfig(PreTrainedConfig):
             raise ValueError(f"transition_rank must not be negative, got {self.transition_rank}; 0 means no bias.")
         if not self.greedy_scale > 0:
             raise ValueError(f"greedy_scale must be positive, got {self.greedy_scale}; use for example 0.5.")
+        if self.layer_rope_parameters is not None and len(self.layer_rope_parameters) != self.num_hidden_layers:
+            raise ValueError(
+                f"layer_rope_parameters must have one entry per head layer ({self.num_hidden_layers}), got "
+                f"{len(self.layer_rope_parameters)}; leave it out where all layers have rope_parameters."
+            )
         if self.attention_bias:
             raise ValueError("attention_bias must be false for a kvspec head, got true; leave it out.")
 
@@ -191,15 +207,6 @@ def tokenizer_sha256(tokenizer: Any) -> str:
     return hashlib.sha256(json.dumps(items, ensure_ascii=True).encode()).hexdigest()
 
 
-def _rope_parameters(config: Any) -> dict[str, Any]:
-    """RoPE of any Hugging Face text config, the default type spelled out and the older flat keys understood."""
-    rope = dict(getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {})
-    rope.setdefault("rope_type", rope.pop("type", None) or "default")
-    if "rope_theta" not in rope and getattr(config, "rope_theta", None) is not None:
-        rope["rope_theta"] = config.rope_theta
-    return {key: value for key, value in rope.items() if value is not None}
-
-
 def unsupported_attention(target_config: Any) -> str | None:
     """What of the target's attention neither heads nor the tree kernel compute, in a few words, or None.
 
@@ -207,13 +214,13 @@ def unsupported_attention(target_config: Any) -> str | None:
     """
     if getattr(target_config, "alibi", False) or getattr(target_config, "model_type", None) in ("bloom", "mpt"):
         return "ALiBi positions"
-    rope = _rope_parameters(target_config)
     # Granite's, layer by layer; 0 for none.
-    bases = getattr(target_config, "layer_rope_theta", None) or []
-    if any(isinstance(value, dict) for value in rope.values()) or len(set(bases)) > 1:
-        return "other rotary positions in layers of another type"
+    if len(set(getattr(target_config, "layer_rope_theta", None) or [])) > 1:
+        return "rotary positions listed layer by layer"
+    rope = rope_parameters(target_config)
     # Published configurations leave the older default out; those without rotary positions know no such key.
-    return None if "rope_theta" in rope else "no rotary positions in its configuration"
+    has_rope = is_per_layer_type(rope) or "rope_theta" in rope
+    return None if has_rope else "no rotary positions in its configuration"
 
 
 def has_attention_sinks(target_config: Any) -> bool:
@@ -228,6 +235,7 @@ def target_fingerprint(target_config: Any, tokenizer: Any | None) -> dict[str, A
     tokenizer's hash out (None). The values are plain JSON.
     """
     heads = target_config.num_attention_heads
+    rope = rope_parameters(target_config)
     return {
         "name_or_path": str(getattr(target_config, "name_or_path", "") or ""),
         "architectures": list(getattr(target_config, "architectures", None) or []),
@@ -236,7 +244,9 @@ def target_fingerprint(target_config: Any, tokenizer: Any | None) -> dict[str, A
         "num_key_value_heads": getattr(target_config, "num_key_value_heads", None) or heads,
         "head_dim": getattr(target_config, "head_dim", None) or target_config.hidden_size // heads,
         "hidden_size": target_config.hidden_size,
-        "rope_parameters": _rope_parameters(target_config),
+        "rope_parameters": rope,
+        # What says which of them a layer has.
+        **({"layer_types": layer_types(target_config)} if is_per_layer_type(rope) else {}),
         "vocab_size": target_config.vocab_size,
         "tokenizer_sha256": None if tokenizer is None else tokenizer_sha256(tokenizer),
     }

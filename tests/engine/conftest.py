@@ -73,15 +73,12 @@ def oracle_file(reference, tmp_path_factory) -> str:
 @contextlib.contextmanager
 def engine(speculative_config: dict | None, **arguments):
     """An in-process engine, torn down afterwards so that the next one starts clean."""
-    from vllm.distributed import cleanup_dist_env_and_memory
-
     llm = engine_runner.make_llm({"speculative_config": speculative_config, **arguments})
     try:
         yield llm
     finally:
-        llm.llm_engine.engine_core.shutdown()
+        engine_runner.close(llm)
         del llm
-        cleanup_dist_env_and_memory()
         gc.collect()
 
 

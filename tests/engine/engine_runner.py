@@ -3,11 +3,12 @@
 
     python tests/engine/engine_runner.py job.json out.json
 
-A job is ``{"engine": {LLM arguments}, "batches": [[request, ...], ...], "async_scheduling": bool}``; a request is
+A job is ``{"jobs": [job, ...]}``, plain engines one after another, or ``{"engine": {LLM arguments}, "batches": [[request, ...], ...], "async_scheduling": bool}``; a request is
 ``{"prompt": [token ids], "params": {SamplingParams}}``. The plain reference always runs as a script: in a process of
 its own nothing of kvspec's worker can have touched it.
 """
 
+import gc
 import json
 import os
 import sys
@@ -120,8 +121,33 @@ def _kernels_in_use() -> str | None:
     return ops and ("triton" if ops.USE_TRITON else "torch")
 
 
+def close(llm) -> None:
+    """Tear an in-process engine down, so that the next one starts clean. The caller drops its own references."""
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    llm.llm_engine.engine_core.shutdown()
+    cleanup_dist_env_and_memory()
+
+
+def run_plain(jobs: list[dict]) -> list[list]:
+    """The outputs of several engines, one after another."""
+    outputs = []
+    for job in jobs:
+        llm = make_llm(job["engine"])
+        outputs.append(generate(llm, job["batches"]))
+        close(llm)
+        del llm
+        gc.collect()
+        # What vLLM has loaded by now stays; its own collections need not look at it again.
+        gc.freeze()
+    return outputs
+
+
 def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
+    if "jobs" in job:
+        Path(sys.argv[2]).write_text(json.dumps({"outputs": run_plain(job["jobs"])}))
+        return
     os.environ["VLLM_KVSPEC_KERNELS"] = job.get("kernels", "auto")
     if job.get("async_scheduling"):
         force_async_scheduling()

@@ -5,12 +5,14 @@ The head is built from vLLM's layers and loads a checkpoint; the target is a sma
 is laid out in blocks. Nothing of vLLM's runner takes part.
 """
 
+from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed import cleanup_dist_env_and_memory, init_distributed_environment, initialize_model_parallel
 
@@ -23,7 +25,7 @@ from vllm_kvspec.kernels.reference_draft_inputs import DraftRows
 from vllm_kvspec.models import draft_head
 from vllm_kvspec.models.attention import KVSpecAttention
 from vllm_kvspec.models.drafting import draft_candidates
-from vllm_kvspec.models.target import view_target
+from vllm_kvspec.models.target import TargetView, head_logits, view_target
 from vllm_kvspec.tree import depths, plan_levels, ranking_scale
 
 pytestmark = pytest.mark.cpu
@@ -42,6 +44,25 @@ HEADS = {
     "kv-autoregressive": dict(context="kv", drafting="autoregressive"),
     "hybrid-autoregressive": dict(context="hybrid", drafting="autoregressive"),
     "all-but-block": dict(context="kv", drafting="autoregressive", transition_rank=0, draft_vocab_size=40),
+}
+# Targets whose layers are not all rotated and windowed alike, each with the layers that a head reads.
+SHAPE = dict(
+    hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+    head_dim=16, vocab_size=VOCAB, tie_word_embeddings=False, max_position_embeddings=128, pad_token_id=0,
+    bos_token_id=1, eos_token_id=2,
+)  # fmt: skip
+WINDOWS = {"sliding_window": 9, "layer_types": ["sliding_attention", "full_attention"] * 2}
+PER_TYPE = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+    "full_attention": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
+}
+TARGETS = {
+    "gemma3_text": WINDOWS | {"rope_parameters": PER_TYPE, "query_pre_attn_scalar": 16},
+    # No rotary positions in full attention; pairs are neighbours.
+    "cohere2": WINDOWS | {"logit_scale": 0.5},
+    # Half of a head is rotated, in neighbouring pairs.
+    "glm4": {"partial_rotary_factor": 0.5},
+    "phi3": {"partial_rotary_factor": 0.5, "sliding_window": 12, "rope_parameters": {"rope_theta": 100.0}},
 }
 
 
@@ -105,22 +126,24 @@ def serve(head, target, directory, **keys) -> tuple[Drafter, DraftRows, torch.Te
     spec = dict(tree="auto", tree_width=3, parents=None, draft_noise="coupled", num_speculative_tokens=NODES) | keys
     served = load(head.config, load_file(directory / "model.safetensors"))
     fake = SimpleNamespace(
-        embed_input_ids=target.get_input_embeddings(), compute_logits=target.lm_head, lm_head=target.lm_head
+        embed_input_ids=target.get_input_embeddings(),
+        compute_logits=partial(head_logits, target),
+        lm_head=target.lm_head,
     )
     drafter = Drafter(SimpleNamespace(**spec), served, fake)
-    drafter.bind(*in_blocks(view.kv))
+    drafter.bind(*in_blocks(view))
     state = None if head.config.context == "kv" else view.hidden[0, torch.tensor(BASES) - 1]
     base = torch.tensor(BASES, dtype=torch.int32)
     none = torch.zeros(len(BASES), dtype=torch.int32)
     return drafter, DraftRows(torch.arange(4), base, ids[0, base], TEMPERATURES, SEEDS, none, state), ids
 
 
-def in_blocks(kv: list) -> tuple[list[PagedLayer], list[torch.Tensor]]:
+def in_blocks(view: TargetView) -> tuple[list[PagedLayer], list[torch.Tensor]]:
     """The keys and values of one text as four requests' paged KV, blocks in another order, NaN beyond the text."""
     blocks = -(-LENGTH // BLOCK_SIZE)
     order = torch.tensor([2, 0, 3])[:blocks]
     layers = []
-    for keys_values in kv:
+    for keys_values, window in zip(view.kv, view.windows, strict=True):
         caches = []
         for tensor in keys_values:
             cache = torch.full((4, BLOCK_SIZE, *tensor[0].transpose(0, 1).shape[1:]), float("nan"))
@@ -128,7 +151,7 @@ def in_blocks(kv: list) -> tuple[list[PagedLayer], list[torch.Tensor]]:
                 part = tensor[0].transpose(0, 1)[i * BLOCK_SIZE : (i + 1) * BLOCK_SIZE]
                 cache[block, : len(part)] = part
             caches.append(cache)
-        layers.append(PagedLayer(*caches, torch.ones(1), torch.ones(1), group=0, sliding_window=0))
+        layers.append(PagedLayer(*caches, torch.ones(1), torch.ones(1), group=0, sliding_window=window))
     return layers, [order.int().repeat(len(BASES), 1)]
 
 
@@ -137,10 +160,25 @@ def head(request, target, tmp_path):
     return make_head(target, tmp_path, **HEADS[request.param])
 
 
-@torch.no_grad()
 @pytest.mark.parametrize("coupled", [True, False])
 def test_candidates_are_those_of_the_definition(head, target, tmp_path, coupled):
-    drafter, rows, ids = serve(head, target, tmp_path, draft_noise="coupled" if coupled else "none")
+    check_candidates(head, target, tmp_path, coupled)
+
+
+@pytest.mark.parametrize("drafting", ["block", "autoregressive"])
+@pytest.mark.parametrize("model_type", TARGETS)
+def test_candidates_on_a_target_with_layers_of_several_kinds(model_type, drafting, tmp_path):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(model_type, **{**SHAPE, **TARGETS[model_type]})
+    target = AutoModelForCausalLM.from_config(config).eval()
+    target.lm_head.weight.data *= 20
+    fields = dict(context="hybrid", drafting=drafting, target_kv_layer_ids=[2, 3])
+    check_candidates(make_head(target, tmp_path, **fields), target, tmp_path, coupled=True)
+
+
+@torch.no_grad()
+def check_candidates(head: draft_head.KVSpecDraftModel, target: PreTrainedModel, directory: Path, coupled: bool):
+    drafter, rows, ids = serve(head, target, directory, draft_noise="coupled" if coupled else "none")
     # All of the beam's levels; a tree of few nodes expands fewer.
     found = drafter.expansion(rows)(levels=plan_levels(BLOCK, 8, 3))
     scale = ranking_scale(TEMPERATURES, coupled, head.config.greedy_scale)

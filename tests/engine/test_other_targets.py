@@ -93,6 +93,21 @@ TARGETS = {
         },
     },
 }
+# Another base, and scaling of one, in layers of another type; two KV cache groups.
+PER_TYPE = {
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "sliding_window": 20,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "rope_parameters": {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+        "full_attention": {"rope_type": "linear", "rope_theta": 1000000.0, "factor": 8.0},
+    },
+}
+TARGETS |= {
+    "gemma3_text": PER_TYPE | {"head_dim": 32, "query_pre_attn_scalar": 24},
+    "olmo3": PER_TYPE | {"num_attention_heads": 3, "num_key_value_heads": 1},
+}
 # In keys and values of the null block. Finite, since a masked row may still be multiplied by a weight of zero.
 POISON = 1e3
 

@@ -171,7 +171,7 @@ def test_projection_with_rope_redone_keeps_the_phase_of_a_key():
     attention = head.layers[0].self_attn
     with torch.no_grad():
         attention.k_fuse.weight.copy_(torch.cat((torch.zeros(32, 32), torch.eye(32)), dim=1))
-        key, _ = attention.project_context(view.kv, head.rotary_emb(view.embeds, torch.arange(12)[None]))
+        key, _ = attention.project_context(view.kv, head.rotary_emb(view.embeds, torch.arange(12)[None])[0])
     torch.testing.assert_close(key, view.kv[1][0], atol=1e-5, rtol=1e-4)
 
 

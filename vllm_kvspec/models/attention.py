@@ -8,12 +8,12 @@ The context is the target's KV as it lies in the cache (``fusion: "direct"``), o
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm, apply_rotary_pos_emb
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from vllm_kvspec.config import KVSpecDraftConfig
+from vllm_kvspec.models.rotary import Rotary, rotate
 
 KV = tuple[torch.Tensor, torch.Tensor]
-Rotary = tuple[torch.Tensor, torch.Tensor]
 
 
 class ZeroLinear(nn.Linear):
@@ -26,6 +26,7 @@ class KVSpecAttention(nn.Module):
     def __init__(self, config: KVSpecDraftConfig):
         super().__init__()
         self.head_dim = config.head_dim
+        self.interleaved = config.rope_interleaved
         # Side by side on the head axis, every source layer has query, key and value heads of its own.
         sources = len(config.target_kv_layer_ids) if config.fusion == "concat" else 1
         q_size = sources * config.num_attention_heads * config.head_dim
@@ -53,32 +54,32 @@ class KVSpecAttention(nn.Module):
         """
         keys, values = ([kv[part] for kv in target_kv] for part in (0, 1))
         if self.redo_rope:
-            cos, sin = rotary
-            keys = [apply_rotary_pos_emb(k, k, cos, -sin)[1] for k in keys]
+            back = rotary and (rotary[0], -rotary[1])
+            keys = [rotate(k, back, self.interleaved) for k in keys]
         key, value = (
             fuse(torch.cat([x.transpose(1, 2).flatten(2) for x in parts], dim=-1).to(fuse.weight.dtype))
             .unflatten(-1, (-1, self.head_dim))
             .transpose(1, 2)
             for fuse, parts in ((self.k_fuse, keys), (self.v_fuse, values))
         )
-        return (apply_rotary_pos_emb(key, key, *rotary)[1] if self.redo_rope else key), value
+        return (rotate(key, rotary, self.interleaved) if self.redo_rope else key), value
 
     def keys_values(self, hidden: torch.Tensor, rotary: Rotary) -> KV:
         """The rows' own keys and values [B, Hkv, R, D] from normed ``hidden`` [B, R, H]."""
         shape = (*hidden.shape[:-1], -1, self.head_dim)
         k = self.k_norm(self.k_proj(hidden).view(shape)).transpose(1, 2)
         v = self.v_proj(hidden).view(shape).transpose(1, 2)
-        return apply_rotary_pos_emb(k, k, *rotary)[1], v
+        return rotate(k, rotary, self.interleaved), v
 
     def forward(self, hidden: torch.Tensor, rotary: Rotary, context: list[KV], mask: torch.Tensor):
         """``hidden`` [B, R, H] -> ([B, R, H], the rows' own keys and values).
 
-        ``rotary``: cos and sin [B, R, D]. ``context``: keys and values [B, Hkv, *, D], one after the other before the
-        rows' own. ``mask`` [B or 1, 1, R, all keys] bool.
+        ``rotary``: cos and sin [B, R, D], or None. ``context``: keys and values [B, Hkv, *, D], one after the other
+        before the rows' own. ``mask`` [B or 1, 1, R, all keys] bool.
         """
         shape = (*hidden.shape[:-1], -1, self.head_dim)
         q = self.q_norm(self.q_proj(hidden).view(shape)).transpose(1, 2)
-        q = apply_rotary_pos_emb(q, q, *rotary)[0]
+        q = rotate(q, rotary, self.interleaved)
         own = self.keys_values(hidden, rotary)
         k, v = (torch.cat([kv[part].to(q.dtype) for kv in (*context, own)], dim=2) for part in (0, 1))
         return self.o_proj(self.attend(q, k, v, mask).transpose(1, 2).flatten(2)), own
@@ -103,10 +104,16 @@ class GatedAttention(nn.Module):
     def keys_values(self, hidden: torch.Tensor, rotary: Rotary) -> KV:
         return self.own_attn.keys_values(hidden, rotary)
 
-    def forward(self, hidden: torch.Tensor, rotary: Rotary, context: list[tuple[KV, KV]], mask: torch.Tensor):
-        """As ``KVSpecAttention.forward``; ``context`` holds pairs (own, target's) of keys and values."""
-        own, own_kv = self.own_attn(hidden, rotary, [pair[0] for pair in context], mask)
-        cross, cross_kv = self.cross_attn(hidden, rotary, [pair[1] for pair in context], mask)
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        rotary: Rotary,
+        context: list[tuple[KV, KV]],
+        mask: tuple[torch.Tensor, torch.Tensor],
+    ):
+        """As ``KVSpecAttention.forward``; ``context`` and ``mask`` are pairs (own, target's)."""
+        own, own_kv = self.own_attn(hidden, rotary, [pair[0] for pair in context], mask[0])
+        cross, cross_kv = self.cross_attn(hidden, rotary, [pair[1] for pair in context], mask[1])
         delta = cross - own
         gate = torch.sigmoid(self.fusion_gate(torch.cat((own, cross, delta), dim=-1)))
         return own + gate * self.delta_proj(delta), (own_kv, cross_kv)

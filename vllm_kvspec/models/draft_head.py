@@ -33,15 +33,21 @@ The embedding and the LM head are the target's. They are not part of the checkpo
                                                           target's i + d2t[i]; t2d [V] bool marks the tokens in it
 """
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
-from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RMSNorm, Qwen3RotaryEmbedding
+from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RMSNorm
 
 from vllm_kvspec.config import KVSpecDraftConfig, target_fingerprint, unsupported_attention
 from vllm_kvspec.models.attention import GatedAttention, KVSpecAttention, ZeroLinear
+from vllm_kvspec.models.rotary import LayerRotary
 from vllm_kvspec.models.target import TargetView, at_positions
+from vllm_kvspec.rope import FULL, is_interleaved, is_per_layer_type, layer_rope, layer_types, layer_window
 
 # Large beside the usual 0.02: the other factor starts at zero and learns in proportion to this one. On the tiny target,
 # 60 steps: KL 1.86 against 1.96 nats at depths 1 to 7.
@@ -86,7 +92,7 @@ class KVSpecDraftModel(PreTrainedModel):
             self.fuse_proj = nn.Linear(fused_size, config.hidden_size, bias=False)
         self.layers = nn.ModuleList(KVSpecLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.rotary_emb = Qwen3RotaryEmbedding(config)
+        self.rotary_emb = LayerRotary(config)
         if config.transition_rank:
             self.transition_in = nn.Embedding(config.vocab_size, config.transition_rank)
             self.transition_out = ZeroLinear(config.transition_rank, config.draft_vocab_size, bias=False)
@@ -153,37 +159,36 @@ class KVSpecDraftModel(PreTrainedModel):
         H]; row d predicts the token at ``base + 1 + d``. With ``previous`` [B, A, G or R] int64, the true token before
         each predicted one, also returns the transition bias of those rows (so that a training step is one forward).
         """
-        contexts = self._contexts(view)
         state = self._target_states(view, base)
-        if self.config.feeds_back:
-            hidden = self._feed_back(contexts, base, row_embeds, state)
-        else:
-            hidden = self._one_pass(contexts, base, row_embeds, state)
+        rows_of = self._feed_back if self.config.feeds_back else self._one_pass
+        hidden = rows_of(view, base, row_embeds, state)
         return hidden if previous is None else (hidden, self.transition_bias(previous))
 
-    def _one_pass(self, contexts: list, base: torch.Tensor, row_embeds: torch.Tensor, state) -> torch.Tensor:
+    def _one_pass(self, view: TargetView, base: torch.Tensor, row_embeds: torch.Tensor, state) -> torch.Tensor:
         """All rows at once: block drafting, and autoregressive heads whose rows need no output of the row before."""
+        contexts = self._contexts(view)
         is_block = self.config.drafting == "block"
         rows = self.block_inputs(row_embeds[..., 0, :], state) if is_block else row_embeds
         (batch, anchors), count = base.shape, rows.shape[2]
         positions = base[..., None] + torch.arange(count, device=base.device)
-        rotary = self.rotary_emb(rows, positions.flatten(1))
-        mask = _rows_mask(base, _context_len(contexts), count, causal=not is_block)
+        rotaries = self.rotary_emb(rows, positions.flatten(1))
+        options = (base, _context_len(contexts), count)
+        masks = self._masks(view, lambda window: _rows_mask(*options, causal=not is_block, window=window))
         hidden = rows.flatten(1, 2)
-        for layer, context in zip(self.layers, contexts, strict=True):
+        for layer, context, rotary, mask in zip(self.layers, contexts, rotaries, masks, strict=True):
             hidden, _ = layer(hidden, rotary, [context], mask)
         return self.norm(hidden).view(batch, anchors, count, -1)
 
-    def _feed_back(self, contexts: list, base: torch.Tensor, row_embeds: torch.Tensor, state) -> torch.Tensor:
+    def _feed_back(self, view: TargetView, base: torch.Tensor, row_embeds: torch.Tensor, state) -> torch.Tensor:
         """Row after row, each from the token's embedding and the head's own output of the row before."""
+        contexts = self._contexts(view)
         past, outputs = [[context] for context in contexts], []
         own = torch.eye(base.shape[1], dtype=torch.bool, device=base.device).expand(base.shape[0], 1, -1, -1)
-        mask = _context_mask(base, _context_len(contexts))
         for d in range(row_embeds.shape[2]):
             hidden = self._with_state(row_embeds[:, :, d], state)
-            rotary = self.rotary_emb(hidden, base + d)
-            mask = torch.cat((mask, own), dim=-1)
-            for layer, keys in zip(self.layers, past, strict=True):
+            rotaries = self.rotary_emb(hidden, base + d)
+            masks = self._masks(view, partial(_path_mask, base, d, _context_len(contexts), own))
+            for layer, keys, rotary, mask in zip(self.layers, past, rotaries, masks, strict=True):
                 hidden, kv = layer(hidden, rotary, keys, mask)
                 keys.append(kv)
             state = self.norm(hidden)
@@ -200,21 +205,32 @@ class KVSpecDraftModel(PreTrainedModel):
             return view.kv
         if config.fusion == "concat":
             return [tuple(torch.cat([kv[part] for kv in view.kv], dim=1) for part in (0, 1))] * len(self.layers)
-        rotary = self.rotary_emb(view.embeds, torch.arange(view.embeds.shape[1], device=view.embeds.device)[None])
-        return [layer.self_attn.project_context(view.kv, rotary) for layer in self.layers]
+        rotaries = self.rotary_emb(view.embeds, torch.arange(view.embeds.shape[1], device=view.embeds.device)[None])
+        return [
+            layer.self_attn.project_context(view.kv, rotary)
+            for layer, rotary in zip(self.layers, rotaries, strict=True)
+        ]
+
+    def _masks(self, view: TargetView, make_mask: Callable[[int], torch.Tensor]) -> list:
+        """Each layer's mask from ``make_mask(window)``, with the window of the layer it reads (pairs if gated)."""
+        layers = len(self.layers)
+        windows = view.windows if len(view.windows) == layers else (view.windows or [0])[:1] * layers
+        is_gated = self.config.fusion == "gated"
+        made = {window: make_mask(window) for window in {*windows, *([0] if is_gated else [])}}
+        return [(made[0], made[window]) if is_gated else made[window] for window in windows]
 
     def _own_context(self, view: TargetView) -> list:
         """Keys and values per layer of a head over the whole sequence, as autoregressive rows would have made them."""
         length, device = view.embeds.shape[1], view.embeds.device
         positions = torch.arange(length, device=device).expand(len(view.embeds), -1)
         hidden = self._with_state(view.embeds, self._target_states(view, positions))
-        rotary, causal = self.rotary_emb(hidden, positions), positions[0, :, None] >= positions[0]
+        rotaries, causal = self.rotary_emb(hidden, positions), positions[0, :, None] >= positions[0]
         contexts = []
-        for layer in self.layers[:-1]:
+        for layer, rotary in zip(self.layers[:-1], rotaries, strict=False):
             hidden, kv = layer(hidden, rotary, [], causal[None, None])
             contexts.append(kv)
         last = self.layers[-1]
-        return [*contexts, last.self_attn.keys_values(last.input_layernorm(hidden), rotary)]
+        return [*contexts, last.self_attn.keys_values(last.input_layernorm(hidden), rotaries[-1])]
 
     def transition_bias(self, previous: torch.Tensor) -> torch.Tensor | float:
         """Logit bias after the tokens ``previous`` [...] int64 -> [..., Vd]; 0 for a head without one."""
@@ -229,18 +245,31 @@ def _context_len(contexts: list) -> int:
     return first.shape[2]
 
 
-def _context_mask(row_base: torch.Tensor, context_len: int) -> torch.Tensor:
-    """[B, 1, rows, S] bool: the context before each row's anchor; ``row_base`` [B, rows]."""
-    return (torch.arange(context_len, device=row_base.device) < row_base[..., None]).unsqueeze(1)
+def _context_mask(row_base: torch.Tensor, depth: torch.Tensor | int, context_len: int, window: int) -> torch.Tensor:
+    """[B, 1, rows, S] bool: the context before each row's anchor, within a window (unless 0) of the row's position.
+
+    ``row_base`` [B, rows]; a row stands ``depth`` (one number or [rows]) positions after its anchor.
+    """
+    key, base = torch.arange(context_len, device=row_base.device), row_base[..., None]
+    visible = key < base
+    if window:
+        visible = visible & ((row_base + depth)[..., None] - key < window)
+    return visible.unsqueeze(1)
 
 
-def _rows_mask(base: torch.Tensor, context_len: int, count: int, causal: bool) -> torch.Tensor:
-    """[B, 1, A*R, S + A*R] bool: the context before the row's anchor, and its own block (up to itself if causal)."""
+def _path_mask(base: torch.Tensor, depth: int, context_len: int, own: torch.Tensor, window: int) -> torch.Tensor:
+    """[B, 1, A, S + (depth + 1) * A] bool: what rows at ``base + depth`` see, ``own`` [B, 1, A, A] of each depth."""
+    return torch.cat((_context_mask(base, depth, context_len, window), *[own] * (depth + 1)), dim=-1)
+
+
+def _rows_mask(base: torch.Tensor, context_len: int, count: int, causal: bool, window: int) -> torch.Tensor:
+    """[B, 1, A*R, S + A*R] bool: the context before the row's anchor (in the window), which hides nothing of its own
+    block (up to itself if causal)."""
     row = torch.arange(base.shape[1] * count, device=base.device)
     own = row[:, None] // count == row // count
     if causal:
         own = own & (row[:, None] >= row)
-    context = _context_mask(base.repeat_interleave(count, dim=1), context_len)
+    context = _context_mask(base.repeat_interleave(count, dim=1), row % count, context_len, window)
     return torch.cat((context, own.expand(len(base), 1, -1, -1)), dim=-1)
 
 
@@ -257,8 +286,8 @@ def head_config_for(target_config, tokenizer=None, **overrides) -> KVSpecDraftCo
     if reason := unsupported_attention(target_config):
         name = getattr(target_config, "name_or_path", "") or target_config.model_type
         raise ValueError(
-            f"A kvspec head attends to the target's KV cache with the rotary positions of its keys, which all layers "
-            f"must share; {name} has {reason}. Use another target, or serve it with another method."
+            f"A kvspec head attends to the target's KV cache as the target does, with rotary positions; {name} has "
+            f"{reason}. Use another target, or serve it with another method."
         )
     found = target_fingerprint(target_config, tokenizer)
     fields = {
@@ -269,8 +298,6 @@ def head_config_for(target_config, tokenizer=None, **overrides) -> KVSpecDraftCo
         "num_key_value_heads": found["num_key_value_heads"],
         "head_dim": found["head_dim"],
         "rms_norm_eps": getattr(target_config, "rms_norm_eps", 1e-6),
-        "hidden_act": getattr(target_config, "hidden_act", "silu"),
-        "rope_parameters": found["rope_parameters"],
         "qk_norm": True,
         "vocab_size": found["vocab_size"],
         "max_position_embeddings": target_config.max_position_embeddings,
@@ -283,4 +310,28 @@ def head_config_for(target_config, tokenizer=None, **overrides) -> KVSpecDraftCo
         fields["target_kv_layer_ids"] = default_kv_layer_ids(found["num_hidden_layers"], sources)
     if fields.get("aux_hidden_state_layer_ids") is None and (context == "hidden" or fusion == "gated"):
         fields["aux_hidden_state_layer_ids"] = default_kv_layer_ids(found["num_hidden_layers"], NUM_SOURCES)
-    return KVSpecDraftConfig(**fields)
+    return KVSpecDraftConfig(**fields, **_rope_fields(target_config, fields))
+
+
+def _rope_fields(target_config, fields: dict[str, Any]) -> dict[str, Any]:
+    """How a head's rows are rotated: as the target layers that it reads.
+
+    Raises ValueError where a layer would read target layers of several kinds at once.
+    """
+    rope, ids = fields["target"]["rope_parameters"], fields.get("target_kv_layer_ids") or []
+    # A context of the head's own has no window: the positions of layers that have none.
+    shared = dict(rope.get(FULL) or next(iter(rope.values()))) if is_per_layer_type(rope) else dict(rope)
+    found = {"rope_parameters": shared, "rope_interleaved": is_interleaved(target_config)}
+    if not all(0 <= i < target_config.num_hidden_layers for i in ids):
+        # The configuration's own check says so.
+        return found
+    ropes = [layer_rope(target_config, i) for i in ids]
+    if fields.get("fusion", "direct") not in ("direct", "gated"):
+        windows = [layer_window(target_config, i) for i in ids]
+        if any(one != ropes[0] for one in ropes) or len(set(windows)) > 1:
+            raise ValueError(
+                f"fusion {fields['fusion']!r} must read target layers with the same rotary positions and window; found "
+                f"{[layer_types(target_config)[i] for i in ids]} in target_kv_layer_ids {ids}. Name layers of one type."
+            )
+        ropes = ropes[:1] * fields["num_hidden_layers"]
+    return found | ({"layer_rope_parameters": ropes} if any(one != shared for one in ropes) else {})

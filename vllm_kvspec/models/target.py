@@ -4,9 +4,10 @@
 from dataclasses import dataclass
 
 import torch
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from vllm_kvspec.config import KVSpecDraftConfig
+from vllm_kvspec.rope import layer_window
 
 
 @dataclass
@@ -14,12 +15,13 @@ class TargetView:
     """One forward of the target over sequences ``[B, S]``.
 
     ``kv``: keys (normed, rotated: as in the KV cache) and values ``[B, Hkv, S, D]`` of each of the config's
-    ``target_kv_layer_ids``. ``hidden`` [B, S, H]: last hidden states after the final norm. ``embeds`` [B, S, H]: the
-    tokens' embeddings. ``fused`` [B, S, F*H]: hidden states after the F ``aux_hidden_state_layer_ids`` side by side, or
-    None.
+    ``target_kv_layer_ids``; ``windows``: those layers' sliding windows, 0 for none. ``hidden`` [B, S, H]: last hidden
+    states after the final norm. ``embeds`` [B, S, H]: the tokens' embeddings. ``fused`` [B, S, F*H]: hidden states
+    after the F ``aux_hidden_state_layer_ids`` side by side, or None.
     """
 
     kv: list[tuple[torch.Tensor, torch.Tensor]]
+    windows: list[int]
     hidden: torch.Tensor
     embeds: torch.Tensor
     fused: torch.Tensor | None = None
@@ -33,12 +35,17 @@ def view_target(target: PreTrainedModel, config: KVSpecDraftConfig, input_ids: t
     states of all layers.
     """
     aux = config.aux_hidden_state_layer_ids
-    out = target.base_model(input_ids=input_ids, use_cache=True, output_hidden_states=bool(aux))
+    # A cache made by the model would keep only what its sliding windows still need at the end of the text.
+    out = target.base_model(
+        input_ids=input_ids, use_cache=True, past_key_values=DynamicCache(), output_hidden_states=bool(aux)
+    )
+    text_config = target.config.get_text_config()
     layers = out.past_key_values.layers
     # hidden_states[i] enters layer i, and the last one has been through the final norm.
     fused = torch.cat([out.hidden_states[i + 1] for i in aux], dim=-1) if aux else None
     return TargetView(
         kv=[(layers[i].keys, layers[i].values) for i in config.target_kv_layer_ids],
+        windows=[layer_window(text_config, i) for i in config.target_kv_layer_ids],
         hidden=out.last_hidden_state,
         embeds=target.get_input_embeddings()(input_ids),
         fused=fused,
@@ -52,13 +59,16 @@ def at_positions(states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
 
 
 def head_logits(target: PreTrainedModel, hidden: torch.Tensor, token_ids: torch.Tensor | None = None) -> torch.Tensor:
-    """The target's logits, in its dtype, of ``hidden`` [..., H] -> [..., V], or of the tokens ``token_ids`` [Vd] only.
+    """The target's logits, in its LM head's dtype: ``hidden`` [..., H] -> [..., V], or those of ``token_ids`` [Vd].
 
-    With the factor of Cohere's and Granite's logits and the cap of Gemma's, as the served target has them.
+    Scaled and capped as the target's own code does after its LM head.
     """
     lm_head, config = target.get_output_embeddings(), target.config.get_text_config()
-    hidden = hidden.to(lm_head.weight.dtype)
-    logits = lm_head(hidden) if token_ids is None else torch.nn.functional.linear(hidden, lm_head.weight[token_ids])
+    weight, bias = lm_head.weight, getattr(lm_head, "bias", None)
+    if token_ids is not None:
+        weight, bias = weight[token_ids], None if bias is None else bias[token_ids]
+    logits = torch.nn.functional.linear(hidden.to(weight.dtype), weight, bias)
+    # Cohere's factor, Granite's divisor, Gemma's cap.
     scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
     if scale != 1.0:
         logits = logits * scale

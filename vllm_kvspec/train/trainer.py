@@ -16,6 +16,9 @@ from vllm_kvspec.models.draft_head import KVSpecDraftModel
 from vllm_kvspec.models.target import head_logits, view_target
 from vllm_kvspec.train.losses import row_losses
 
+# What the norm before the LM head is called in the models of transformers.
+FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f")
+
 
 @dataclass
 class LossSettings:
@@ -124,4 +127,15 @@ def init_from_target(head: KVSpecDraftModel, target: PreTrainedModel) -> None:
     Only that: layers that start as copies of the target's learn more slowly than random ones (on the tiny target, 60
     steps: KL 1.73 against 1.13 nats at the first depth), for they expect the residual stream of a deeper layer.
     """
-    head.norm.weight.copy_(target.base_model.norm.weight)
+    names = [name for name in FINAL_NORMS if hasattr(target.base_model, name)]
+    if names:
+        norm = getattr(target.base_model, names[0])
+        head.norm.weight.copy_(norm_scale(norm, head.norm.weight.to(target.dtype)))
+
+
+def norm_scale(norm: torch.nn.Module, like: torch.Tensor) -> torch.Tensor:
+    """What ``norm`` multiplies each element by, [H] as ``like``: its weight, or as in Gemma one more than that."""
+    alternating = torch.ones_like(like)
+    # Of mean 0 and mean square 1; without a bias of the norm it would do to look at one sign.
+    alternating[1::2] = -1
+    return (norm(alternating) - norm(-alternating)) / 2 * alternating

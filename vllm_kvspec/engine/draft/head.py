@@ -7,13 +7,14 @@ read in place, and the block's own live only within one call.
 
 import contextlib
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import nn
 from vllm import ir
 from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_world_size
-from vllm.model_executor.layers.activation import SiluAndMul
+from vllm.model_executor.layers.activation import get_act_and_mul_fn
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import (
     MergedColumnParallelLinear,
@@ -42,9 +43,12 @@ DRAFT_VOCABULARY = ("d2t", "t2d")
 
 
 class KVSpecAttention(nn.Module):
-    """Attention of the block's rows over one target layer's paged KV and over the block itself."""
+    """Attention of the block's rows over one target layer's paged KV and over the block itself.
 
-    def __init__(self, config: KVSpecDraftConfig, max_position: int, prefix: str):
+    ``rope``: parameters of the rows' rotation, None for none.
+    """
+
+    def __init__(self, config: KVSpecDraftConfig, rope: dict[str, Any] | None, max_position: int, prefix: str):
         super().__init__()
         tp_size = get_tensor_model_parallel_world_size()
         self.head_dim = config.head_dim
@@ -63,7 +67,11 @@ class KVSpecAttention(nn.Module):
         self.o_proj = RowParallelLinear(
             config.num_attention_heads * config.head_dim, config.hidden_size, bias=False, prefix=f"{prefix}.o_proj"
         )
-        self.rotary_emb = get_rope(config.head_dim, max_position=max_position, rope_parameters=config.rope_parameters)
+        self.rotary_emb = None
+        if rope is not None:
+            self.rotary_emb = get_rope(
+                config.head_dim, max_position, is_neox_style=not config.rope_interleaved, rope_parameters=rope
+            )
         self.q_norm = RMSNorm(config.head_dim, eps=config.rms_norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_dim, eps=config.rms_norm_eps) if config.qk_norm else None
 
@@ -85,7 +93,8 @@ class KVSpecAttention(nn.Module):
         if self.q_norm is not None:
             q = self.q_norm(q.reshape(-1, self.num_heads, self.head_dim)).view(-1, q_size)
             k = self.k_norm(k.reshape(-1, self.num_kv_heads, self.head_dim)).view(-1, kv_size)
-        q, k = cuda_kernel_of(self.rotary_emb)(positions, q, k)
+        if self.rotary_emb is not None:
+            q, k = cuda_kernel_of(self.rotary_emb)(positions, q, k)
         rows = (len(context_lens), -1)
         q = q.view(*rows, self.num_heads, self.head_dim)
         out = ops.paged_draft_attention(
@@ -132,7 +141,7 @@ class KVSpecMLP(nn.Module):
         self.down_proj = RowParallelLinear(
             config.intermediate_size, config.hidden_size, bias=False, prefix=f"{prefix}.down_proj"
         )
-        self.act_fn = SiluAndMul()
+        self.act_fn = get_act_and_mul_fn(config.hidden_act)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         gate_up, _ = self.gate_up_proj(hidden)
@@ -141,10 +150,10 @@ class KVSpecMLP(nn.Module):
 
 
 class KVSpecLayer(nn.Module):
-    def __init__(self, config: KVSpecDraftConfig, max_position: int, prefix: str):
+    def __init__(self, config: KVSpecDraftConfig, rope: dict[str, Any] | None, max_position: int, prefix: str):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.self_attn = KVSpecAttention(config, max_position, f"{prefix}.self_attn")
+        self.self_attn = KVSpecAttention(config, rope, max_position, f"{prefix}.self_attn")
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = KVSpecMLP(config, f"{prefix}.mlp")
 
@@ -173,12 +182,14 @@ class KVSpecDraftModel(nn.Module):
                 2 * hidden, hidden, bias=False, return_bias=False, prefix=f"{prefix}.context_proj"
             )
         self.layers = nn.ModuleList(
-            KVSpecLayer(config, max_position, f"{prefix}.layers.{i}") for i in range(config.num_hidden_layers)
+            KVSpecLayer(config, config.layer_rope(i), max_position, f"{prefix}.layers.{i}")
+            for i in range(config.num_hidden_layers)
         )
         # Some tables (YaRN's, dynamic ones) have the model's own length whatever is asked for, and nothing checks reads
         # beyond it. Rows there are never accepted, so any position serves.
-        table = getattr(self.layers[0].self_attn.rotary_emb, "cos_sin_cache", None)
-        self.last_position = len(table) - 1 if table is not None and len(table) < max_position else None
+        tables = [getattr(layer.self_attn.rotary_emb, "cos_sin_cache", None) for layer in self.layers]
+        shortest = min((len(table) for table in tables if table is not None), default=max_position)
+        self.last_position = shortest - 1 if shortest < max_position else None
         self.norm = RMSNorm(hidden, eps=config.rms_norm_eps)
         if config.transition_rank:
             self.transition_in = nn.Embedding(config.vocab_size, config.transition_rank)
