@@ -14,8 +14,9 @@ from vllm_kvspec.config import NOT_COMPARED, KVSpecDraftConfig, check_fingerprin
 from vllm_kvspec.eval.acceptance import Acceptance, evaluate, fitting_sizes, modes_at
 from vllm_kvspec.eval.bottlenecks import bottlenecks
 from vllm_kvspec.eval.plots import plot_acceptance, plot_tau
-from vllm_kvspec.eval.texts import Text, cached_texts, digest, repeated_share, weights_sha256
+from vllm_kvspec.eval.texts import Text, cached_texts, digest, repeated_share
 from vllm_kvspec.models.draft_head import KVSpecDraftModel
+from vllm_kvspec.models.target import weights_sha256
 from vllm_kvspec.train.data import cut_prompts, load_texts
 from vllm_kvspec.train.record import versions
 from vllm_kvspec.train.run import load_target

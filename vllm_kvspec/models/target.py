@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a head sees of its target, in torch: KV and hidden states of whole sequences, embedding and LM head."""
 
+import hashlib
 from dataclasses import dataclass
 
 import torch
@@ -58,3 +59,17 @@ def head_logits(target: PreTrainedModel, hidden: torch.Tensor, token_ids: torch.
     if token_ids is None:
         return lm_head(hidden)
     return torch.nn.functional.linear(hidden, lm_head.weight[token_ids])
+
+
+def weights_sha256(model: torch.nn.Module, per_parameter: int = 64) -> str:
+    """SHA-256 over name, shape and ``per_parameter`` evenly spaced values of every parameter.
+
+    Training moves every parameter, so this tells two models apart at a fraction of the cost of reading them whole.
+    """
+    found = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().flatten()
+        sample = flat[:: max(1, flat.numel() // per_parameter)].float().cpu()
+        found.update(f"{name} {tuple(parameter.shape)}".encode())
+        found.update(sample.numpy().tobytes())
+    return found.hexdigest()
