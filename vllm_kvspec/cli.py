@@ -133,10 +133,8 @@ def _eval(args: argparse.Namespace) -> None:
         texts_dir=args.texts_dir or (args.output and args.output.parent),
         with_bottlenecks=args.with_bottlenecks,
         command=shlex.join(["vllm-kvspec", *args.argv]),
+        output=args.output,
     )
-    if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(report, indent=2) + "\n")
     if args.plot:
         print("Wrote " + ", ".join(map(str, plot(report, args.plot))) + ".")
 
@@ -145,9 +143,14 @@ def _add_eval(commands) -> None:
     parser = commands.add_parser("eval", help="measure a head's acceptance offline", epilog=EVAL_EXAMPLE)
     parser.add_argument("--target_model", required=True, help="target: directory or Hugging Face name")
     parser.add_argument("--draft_model", required=True, help="directory of the head")
-    parser.add_argument("--data_path", nargs="+", required=True, help='jsonl files with "text" or "messages"')
+    parser.add_argument("--data_path", nargs="+", required=True, help='jsonl files with "text", "messages" or "turns"')
     parser.add_argument("--num_prompts", type=int, default=64)
-    parser.add_argument("--prompt_length", type=int, default=64, help="tokens of a prompt")
+    parser.add_argument(
+        "--prompt_length",
+        type=int,
+        default=64,
+        help="tokens of a prompt; longer chats, template included, are left out",
+    )
     parser.add_argument("--max_new_tokens", type=int, default=160)
     parser.add_argument("--seed", type=int, default=0, help="chooses the prompts")
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 1.0])
@@ -157,7 +160,7 @@ def _add_eval(commands) -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     parser.add_argument("--name", help="what compare calls the head (default: what kind it is); seeds share a name")
     parser.add_argument("--no_bottlenecks", dest="with_bottlenecks", action="store_false", help="acceptance only")
-    parser.add_argument("--output", type=Path, help="json to write")
+    parser.add_argument("--output", type=Path, help="json to write; the same command goes on where it was interrupted")
     parser.add_argument("--texts_dir", type=Path, help="keep the target's texts here (default: beside --output)")
     parser.add_argument("--plot", type=Path, help="directory for acceptance.png and tau.png")
     parser.set_defaults(run=_eval)

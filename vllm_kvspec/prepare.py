@@ -140,7 +140,13 @@ def _cpu_defaults(target_model: str, settings: Settings) -> dict[str, Any]:
     # Rounded up to whole blocks, whatever their size.
     wanted = 4 * floats * (settings.max_length + CPU_KV_BLOCK) * min(settings.batch_size, CPU_REQUESTS)
     room = min(wanted, CPU_KV_BYTES, psutil.virtual_memory().available // 4)
-    return {"enforce_eager": True, "max_num_seqs": CPU_REQUESTS, "kv_cache_memory_bytes": room}
+    return {
+        "enforce_eager": True,
+        "max_num_seqs": CPU_REQUESTS,
+        "kv_cache_memory_bytes": room,
+        # The engine takes back the random numbers of an unfinished prompt, which a CPU's generators cannot do.
+        "enable_chunked_prefill": False,
+    }
 
 
 def _vllm_version() -> str | None:

@@ -29,7 +29,10 @@ TEXTS = [
 
 @pytest.fixture
 def prepare(tmp_path, monkeypatch):
-    """The command; ``interrupt_after``: batches before it is interrupted. Engines are shut down at the end."""
+    """The command; ``interrupt_after``: batches before it is interrupted; ``engine_args`` beside ``ENGINE``.
+
+    Engines are shut down at the end.
+    """
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
@@ -48,9 +51,10 @@ def prepare(tmp_path, monkeypatch):
     monkeypatch.setattr("vllm.LLM", RecordedLLM)
     make_writer = prepare_module.engine_writer
     data = tmp_path / "texts.jsonl"
-    data.write_text("".join(json.dumps(text) + "\n" for text in TEXTS))
 
-    def run(name: str, interrupt_after: int | None = None):
+    def run(name: str, interrupt_after: int | None = None, texts: list[dict] = TEXTS, batch_size=1, **engine_args):
+        data.write_text("".join(json.dumps(text) + "\n" for text in texts))
+
         def interrupted_writer(*args):
             write, batches = make_writer(*args), []
 
@@ -64,11 +68,12 @@ def prepare(tmp_path, monkeypatch):
 
         monkeypatch.setattr(prepare_module, "engine_writer", interrupted_writer)
         output = tmp_path / name
-        arguments = f"--target_model {TARGET} --data_path {data} --output {output} --prompt_length 12 --batch_size 1"
+        arguments = f"--target_model {TARGET} --data_path {data} --output {output} --prompt_length 12"
         try:
             main(
                 ["prepare", *arguments.split(), "--max_new_tokens", "8", "--max_length", "256"]
-                + ["--temperatures", "0", "1", "--engine_args", json.dumps(ENGINE)]
+                + ["--temperatures", "0", "1", "--batch_size", str(batch_size)]
+                + ["--engine_args", json.dumps(ENGINE | engine_args)]
             )
         finally:
             shut_down()
@@ -99,3 +104,9 @@ def test_rows_are_the_targets_own_and_survive_an_interruption(prepare):
                 said = target(torch.tensor([row["input_ids"]])).logits[0].argmax(-1).tolist()
             assert [row["input_ids"][i] for i in own] == [said[i - 1] for i in own]
     assert len(load_rows([str(whole)], 4)) > 0
+
+
+def test_sampled_prompts_that_fill_more_than_one_step_are_written(prepare):
+    """Cut into chunks, the prompts of seeded requests end vLLM's CPU engine."""
+    rows_file = prepare("rows.jsonl", texts=[TEXTS[0]] * 30, batch_size=30, max_num_batched_tokens=256)
+    assert len(rows_file.read_text().splitlines()) == 30

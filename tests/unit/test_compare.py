@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from vllm_kvspec.cli import main
+from vllm_kvspec.eval import report as report_module
 from vllm_kvspec.eval.compare import load_reports, markdown
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -21,13 +22,16 @@ def directory(tmp_path_factory) -> Path:
     data = directory / "texts.jsonl"
     sources = sorted((ROOT / "vllm_kvspec" / "engine").glob("*.py"))
     data.write_text("".join(json.dumps({"text": source.read_text()}) + "\n" for source in sources))
-    main(
+    main([*eval_command(data, directory / "results" / "a.json"), "--plot", str(directory / "plots")])
+    return directory
+
+
+def eval_command(data: Path, output: Path) -> list[str]:
+    return (
         ["eval", "--target_model", str(ROOT / "examples/tiny/target"), "--draft_model"]
         + [str(ROOT / "examples/tiny/draft"), "--data_path", str(data), "--num_prompts", "3", "--prompt_length", "24"]
-        + ["--max_new_tokens", "28", "--num_nodes", "4", "16", "--output", str(directory / "results" / "a.json")]
-        + ["--plot", str(directory / "plots")]
+        + ["--max_new_tokens", "28", "--num_nodes", "4", "16", "--output", str(output)]
     )
-    return directory
 
 
 @pytest.fixture(scope="module")
@@ -134,3 +138,34 @@ def test_too_short_texts_are_refused(directory, tmp_path):
     with pytest.raises(ValueError, match="longer than the head's block of 8"):
         main([*arguments, str(tmp_path / "report.json")])
     assert not (tmp_path / "report.json").exists()
+
+
+def test_an_interrupted_measurement_goes_on_with_the_next_run(directory, report, tmp_path, monkeypatch):
+    output, evaluate, measured = tmp_path / "report.json", report_module.evaluate, []
+
+    def interrupted(*args, **options):
+        measured.append((options["temperature"], options["mode"]))
+        if len(measured) == 3:
+            raise KeyboardInterrupt
+        return evaluate(*args, **options)
+
+    monkeypatch.setattr(report_module, "evaluate", interrupted)
+    command = eval_command(directory / "texts.jsonl", output)
+    with pytest.raises(KeyboardInterrupt):
+        main(command)
+    with pytest.raises(ValueError, match="must be finished, found .*report.json interrupted"):
+        load_reports([output])
+    main(command)
+    runs = [(0.0, "greedy"), (1.0, "coupled"), (1.0, "uncoupled"), (1.0, "rejection")]
+    assert measured == [*runs[:3], *runs[2:]]
+    assert without_command(json.loads(output.read_text())) == without_command(report)
+    # All is there now; with other settings nothing is.
+    main([*command, "--temperatures", "0"])
+    assert len(measured) == 5 and len(json.loads(output.read_text())["runs"]) == 1
+    main([*command, "--temperatures", "0", "--no_bottlenecks", "--width", "2"])
+    assert len(measured) == 6
+
+
+def without_command(report: dict) -> dict:
+    conditions = {key: value for key, value in report["conditions"].items() if key != "command"}
+    return report | {"conditions": conditions}

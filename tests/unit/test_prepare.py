@@ -18,7 +18,7 @@ from vllm_kvspec import prepare as prepare_module
 from vllm_kvspec.cli import main
 from vllm_kvspec.config import tokenizer_sha256
 from vllm_kvspec.train.conversations import normalize
-from vllm_kvspec.train.data import collate, load_rows, load_texts
+from vllm_kvspec.train.data import collate, cut_prompts, load_rows, load_texts
 from vllm_kvspec.train.regeneration import Answer, Dialogue, PromptBar, Settings, plan_prompts, regenerate
 
 WORDS = ["<eos>", "<pad>", "<user>", "<assistant>", "<system>", *"abcdefghij"]
@@ -107,6 +107,24 @@ def test_chats_come_in_several_forms(row):
     assert normalize(row) == {"text": None, "messages": wanted, "problem": None}
 
 
+def test_spec_bench_turns_are_a_chat_that_waits_for_its_answers():
+    row = normalize({"turns": ["a", "b"], "category": "c", "messages": None})
+    assert row == {"text": None, "messages": chat("a", "", "b", ""), "problem": None}
+
+
+def test_prompts_end_where_the_target_is_to_speak_and_long_chats_are_counted(caplog):
+    tokenizer = make_tokenizer()
+    chats = [chat("a", "b", "c", "d"), chat("e", "", "f", ""), chat("g"), chat("a b c d e f g h", "b")]
+    rows = [{"messages": messages} for messages in chats]
+    found = cut_prompts(rows, tokenizer, 3, 10, 0)
+    said = ["<user> a <eos> <assistant> b <eos> <user> c <eos> <assistant>", "<user> e <eos> <assistant>"]
+    assert sorted(map(words, found)) == [*said, "<user> g <eos> <assistant>"]
+    with pytest.raises(ValueError, match="found 2; .* 2 of 4 chats have more than 9 tokens with the chat template"):
+        cut_prompts(rows, tokenizer, 3, 9, 0)
+    cut_prompts(rows, tokenizer, 2, 9, 0)
+    assert "chats have more than 9 tokens with the chat template (up to 11) and are left out" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("row", "problem"),
     [
@@ -139,7 +157,7 @@ def test_files_of_all_kinds_are_read_together(tmp_path, caplog):
     ("name", "content", "message"),
     [
         ("t.jsonl", "", "found an empty file"),
-        ("t.jsonl", '{"prompt": "a", "answer": "b"}\n', "messages, conversations, text; .* has prompt, answer"),
+        ("t.jsonl", '{"prompt": "a", "answer": "b"}\n', "messages, conversations, turns, text; .* has prompt, answer"),
         ("t.jsonl", '{"text": "a"}\n{"text": ', "must be a readable file"),
         ("t.jsonl", '{"messages": [{"role": "assistant", "content": "a"}]}\n', r"found none \(1 no user turn\)"),
         ("t.csv", "text\na\n", "must end in .jsonl, .json, .parquet, .txt"),

@@ -30,6 +30,8 @@ def load_reports(paths: Sequence[Path]) -> list[dict]:
                 f"A report must be a json file that `vllm-kvspec eval --output` wrote, found {path} ({error!r}); "
                 "measure the head again."
             ) from None
+        if report.get("unfinished"):
+            raise ValueError(f"A report must be finished, found {path} interrupted; run the same eval command again.")
         reports.append(report)
     for path, report in zip(paths[1:], reports[1:], strict=True):
         _check_alike(paths[0], reports[0], path, report)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The eval command: acceptance of a head over held-out prompts and its bottlenecks, as tables, json and plots."""
 
+import functools
 import json
 import math
 from dataclasses import asdict
@@ -14,8 +15,10 @@ from vllm_kvspec.config import NOT_COMPARED, KVSpecDraftConfig, check_fingerprin
 from vllm_kvspec.eval.acceptance import Acceptance, evaluate, fitting_sizes, modes_at
 from vllm_kvspec.eval.bottlenecks import bottlenecks
 from vllm_kvspec.eval.plots import plot_acceptance, plot_tau
-from vllm_kvspec.eval.texts import Text, cached_texts, digest, repeated_share, weights_sha256
+from vllm_kvspec.eval.report_file import ReportFile
+from vllm_kvspec.eval.texts import Text, cached_texts, digest, repeated_share
 from vllm_kvspec.models.draft_head import KVSpecDraftModel
+from vllm_kvspec.models.target import weights_sha256
 from vllm_kvspec.train.data import cut_prompts, load_texts
 from vllm_kvspec.train.record import versions
 from vllm_kvspec.train.run import load_target
@@ -43,11 +46,14 @@ def measure(
     texts_dir: Path | None = None,
     with_bottlenecks: bool = True,
     command: str = "",
+    output: Path | None = None,
 ) -> dict:
     """Print the tables and return the numbers with the conditions they were measured under, as plain JSON.
 
     ``texts_dir``: where the target's texts are kept for the next head, or None. ``name``: what ``compare`` calls the
-    head; heads of the same name are seeds of one recipe. Raises ValueError when no text is long enough for a block.
+    head; heads of the same name are seeds of one recipe. ``output``: where the report is written after every run; the
+    runs that an interrupted measurement of the same left there are taken over. Raises ValueError when no text is long
+    enough for a block.
     """
     target, tokenizer = load_target(target_model, getattr(torch, dtype))
     head = KVSpecDraftModel.from_pretrained(draft_model, dtype=target.dtype).eval().to(target.device)
@@ -56,50 +62,61 @@ def measure(
     prompts = cut_prompts(load_texts(data_path), tokenizer, num_prompts, prompt_length, seed)
     block = head.config.draft_block_size
     sizes = fitting_sizes(num_nodes, block, beam, width)
-    report = {
-        "conditions": {
-            "command": command,
-            "versions": versions(),
-            "device": _device_name(target.device),
-            "target": {
-                "name": target_model,
-                "weights_sha256": weights_sha256(target),
-                "fingerprint": {key: value for key, value in fingerprint.items() if key not in NOT_COMPARED},
-            },
-            "head": _describe_head(head, draft_model, name),
-            "data_path": [str(path) for path in data_path],
-            "num_prompts": num_prompts,
-            "prompt_length": prompt_length,
-            "max_new_tokens": max_new_tokens,
-            "seed": seed,
-            "beam": beam,
-            "width": width,
-            "draft_block_size": block,
-            "dtype": dtype,
+    conditions = {
+        "command": command,
+        "versions": versions(),
+        "device": _device_name(target.device),
+        "target": {
+            "name": target_model,
+            "weights_sha256": weights_sha256(target),
+            "fingerprint": {key: value for key, value in fingerprint.items() if key not in NOT_COMPARED},
         },
-        "runs": [],
+        "head": _describe_head(head, draft_model, name),
+        "data_path": [str(path) for path in data_path],
+        "prompts_sha256": digest(prompts),
+        "num_prompts": num_prompts,
+        "prompt_length": prompt_length,
+        "max_new_tokens": max_new_tokens,
+        "seed": seed,
+        "beam": beam,
+        "width": width,
+        "num_nodes": sizes,
+        "draft_block_size": block,
+        "dtype": dtype,
     }
+    file = ReportFile(output, conditions)
+
+    @functools.cache
+    def texts_at(temperature: float) -> tuple[list[Text], str]:
+        settings = {"max_new_tokens": max_new_tokens, "temperature": temperature}
+        return _measurable(cached_texts(texts_dir, target, tokenizer, prompts, **settings), block, **settings)
+
+    def run(temperature: float, mode: str) -> dict:
+        texts, sha256 = texts_at(temperature)
+        options = {"mode": mode, "temperature": temperature, "beam": beam, "width": width}
+        return _run(temperature, mode, texts, sha256, *evaluate(head, target, texts, sizes, **options))
+
     for temperature in temperatures:
-        texts = cached_texts(
-            texts_dir, target, tokenizer, prompts, max_new_tokens=max_new_tokens, temperature=temperature
-        )
-        sha256 = digest([asdict(text) for text in texts])
-        # The last `block` tokens cannot be anchors, so a shorter continuation measures nothing.
-        texts = [text for text in texts if len(text.input_ids) - text.prompt_length > block]
-        if not texts:
-            raise ValueError(
-                f"A continuation must be longer than the head's block of {block} to be measured, found none at "
-                f"temperature {temperature:g} (max_new_tokens {max_new_tokens}); ask for more tokens or prompts."
-            )
-        options = {"temperature": temperature, "beam": beam, "width": width}
         for mode in modes_at(temperature):
-            found = evaluate(head, target, texts, sizes, mode=mode, **options)
-            report["runs"].append(_run(temperature, mode, texts, sha256, *found))
-            print_run(report["runs"][-1])
-        if with_bottlenecks and "bottlenecks" not in report:
-            report["bottlenecks"] = _rounded(bottlenecks(head, target, texts[:BOTTLENECK_TEXTS], temperature))
-            print_bottlenecks(report["bottlenecks"])
-    return report
+            print_run(file.run(temperature, mode, run))
+    if with_bottlenecks:
+        first = temperatures[0]
+        print_bottlenecks(
+            file.bottlenecks(lambda: _rounded(bottlenecks(head, target, texts_at(first)[0][:BOTTLENECK_TEXTS], first)))
+        )
+    return file.finish()
+
+
+def _measurable(texts: list[Text], block: int, *, max_new_tokens: int, temperature: float) -> tuple[list[Text], str]:
+    """The texts that have an anchor, and the SHA-256 of all of them. Raises ValueError when none has."""
+    # The last `block` tokens cannot be anchors, so a shorter continuation measures nothing.
+    long_enough = [text for text in texts if len(text.input_ids) - text.prompt_length > block]
+    if not long_enough:
+        raise ValueError(
+            f"A continuation must be longer than the head's block of {block} to be measured, found none at "
+            f"temperature {temperature:g} (max_new_tokens {max_new_tokens}); ask for more tokens or prompts."
+        )
+    return long_enough, digest([asdict(text) for text in texts])
 
 
 def _device_name(device: torch.device) -> str:

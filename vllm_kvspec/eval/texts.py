@@ -17,6 +17,7 @@ from tqdm import tqdm
 from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 from vllm_kvspec.kernels.reference import gumbel_noise
+from vllm_kvspec.models.target import weights_sha256
 from vllm_kvspec.train.data import continue_prompts
 
 logger = logging.getLogger(__name__)
@@ -105,20 +106,6 @@ def cached_texts(
 def digest(value: object) -> str:
     """SHA-256 of a JSON value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def weights_sha256(model: torch.nn.Module, per_parameter: int = 64) -> str:
-    """SHA-256 over name, shape and ``per_parameter`` evenly spaced values of every parameter.
-
-    Training moves every parameter, so this tells two models apart at a fraction of the cost of reading them whole.
-    """
-    found = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        flat = parameter.detach().flatten()
-        sample = flat[:: max(1, flat.numel() // per_parameter)].float().cpu()
-        found.update(f"{name} {tuple(parameter.shape)}".encode())
-        found.update(sample.numpy().tobytes())
-    return found.hexdigest()
 
 
 def repeated_share(text: Text, order: int = 8) -> float:

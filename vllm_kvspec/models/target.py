@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a head sees of its target, in torch: KV and hidden states of whole sequences, embedding and LM head."""
 
+import hashlib
 from dataclasses import dataclass
 
 import torch
@@ -39,17 +40,22 @@ def view_target(target: PreTrainedModel, config: KVSpecDraftConfig, input_ids: t
     out = target.base_model(
         input_ids=input_ids, use_cache=True, past_key_values=DynamicCache(), output_hidden_states=bool(aux)
     )
-    text_config = target.config.get_text_config()
     layers = out.past_key_values.layers
     # hidden_states[i] enters layer i, and the last one has been through the final norm.
     fused = torch.cat([out.hidden_states[i + 1] for i in aux], dim=-1) if aux else None
     return TargetView(
         kv=[(layers[i].keys, layers[i].values) for i in config.target_kv_layer_ids],
-        windows=[layer_window(text_config, i) for i in config.target_kv_layer_ids],
+        windows=kv_windows(target, config),
         hidden=out.last_hidden_state,
         embeds=target.get_input_embeddings()(input_ids),
         fused=fused,
     )
+
+
+def kv_windows(target: PreTrainedModel, config: KVSpecDraftConfig) -> list[int]:
+    """``TargetView.windows`` of the layers that a head reads."""
+    text_config = target.config.get_text_config()
+    return [layer_window(text_config, i) for i in config.target_kv_layer_ids]
 
 
 def at_positions(states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -74,3 +80,17 @@ def head_logits(target: PreTrainedModel, hidden: torch.Tensor, token_ids: torch.
         logits = logits * scale
     cap = getattr(config, "final_logit_softcapping", None)
     return logits if not cap else cap * torch.tanh(logits / cap)
+
+
+def weights_sha256(model: torch.nn.Module, per_parameter: int = 64) -> str:
+    """SHA-256 over name, shape and ``per_parameter`` evenly spaced values of every parameter.
+
+    Training moves every parameter, so this tells two models apart at a fraction of the cost of reading them whole.
+    """
+    found = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().flatten()
+        sample = flat[:: max(1, flat.numel() // per_parameter)].float().cpu()
+        found.update(f"{name} {tuple(parameter.shape)}".encode())
+        found.update(sample.numpy().tobytes())
+    return found.hexdigest()

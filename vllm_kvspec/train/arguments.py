@@ -122,6 +122,13 @@ class DataArguments:
         default=1.0,
         metadata={"help": "the head learns softmax(target logits / temperature of the text), with this as the least"},
     )
+    cache_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "keep here what the head reads of the target (a few kB a token), so that only the first run "
+            "computes it; without it the target runs in every step"
+        },
+    )
     from_pretrained: str | None = field(default=None, metadata={"help": "start from this head's weights"})
     dry_run: bool = field(
         default=False, metadata={"help": "build and check everything, write the untrained head, exit"}
@@ -203,7 +210,7 @@ def _recipe_flags(path: Path) -> list[str]:
 
 def settings(head: HeadArguments, data: DataArguments, args: RunArguments) -> dict:
     """Everything that shapes what is learned, as plain JSON: equal settings make equal heads."""
-    where = ("dry_run", "no_resume", "overwrite_output_dir")
+    where = ("cache_dir", "dry_run", "no_resume", "overwrite_output_dir")
     run = args.to_dict()
     chosen = {
         **vars(head),

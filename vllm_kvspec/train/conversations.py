@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The forms in which texts and chats come, brought to one: ``{"text": str}`` or ``{"messages": [{role, content}]}``.
 
-Read are ``messages`` (role, content), ShareGPT's ``conversations`` (from or role, value or content) and plain ``text``;
-each row may use another one.
+Read are ``messages`` (role, content), ShareGPT's ``conversations`` (from or role, value or content), Spec-Bench's
+``turns`` (what the user says, one after the other) and plain ``text``; each row may use another one.
 """
 
 from typing import Any
 
 from datasets import Features, Value
 
-FORMATS = ("messages", "conversations", "text")
+FORMATS = ("messages", "conversations", "turns", "text")
 FEATURES = Features(
     {
         "text": Value("string"),
@@ -25,7 +25,9 @@ def normalize(row: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {"text": None, "messages": None, "problem": None}
     messages = row.get("messages") or row.get("conversations")
     try:
-        if messages:
+        if not messages and row.get("turns"):
+            found["messages"] = _open_chat(row["turns"])
+        elif messages:
             found["messages"] = [_message(message) for message in messages]
             if not turns(found["messages"]):
                 raise ValueError("no user turn")
@@ -36,6 +38,15 @@ def normalize(row: dict[str, Any]) -> dict[str, Any]:
     except ValueError as error:
         return {"text": None, "messages": None, "problem": str(error)}
     return found
+
+
+def _open_chat(said: list[str]) -> list[dict[str, str]]:
+    """A chat whose answers are still to be written: empty ones stand between the turns."""
+    return [
+        message
+        for turn in said
+        for message in ({"role": "user", "content": turn}, {"role": "assistant", "content": ""})
+    ]
 
 
 def _message(message: dict[str, Any]) -> dict[str, str]:

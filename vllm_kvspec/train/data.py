@@ -10,7 +10,7 @@ import logging
 import random
 from collections import Counter
 from collections.abc import Iterable
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 
 import torch
@@ -88,41 +88,68 @@ def _suffix(path: str) -> str:
 def cut_prompts(
     rows: Iterable[dict], tokenizer: PreTrainedTokenizerBase, count: int, prompt_length: int, seed: int
 ) -> list[list[int]]:
-    """``count`` prompts of at most ``prompt_length`` tokens; longer texts are drawn more often.
+    """``count`` prompts of at most ``prompt_length`` tokens; longer texts are drawn more often, a chat once only.
 
-    A text's prompt starts at a random line; a chat's prompt is everything before its last answer (chats longer than
-    ``prompt_length`` are left out).
+    A text's prompt starts at a random line; a chat's prompt is everything before its last answer, or before its first
+    empty one. Chats whose prompts, with template and system prompt, are longer than ``prompt_length`` are left out and
+    counted in the log. Raises ValueError when there are fewer prompts.
     """
     rng = random.Random(seed)
     documents = [row for row in rows if row.get("messages") or (row.get("text") or "").strip()]
     weights = [_length(row) for row in documents]
     prompts: list[list[int]] = []
-    for _ in range(20 * count):
-        prompt = _prompt(rng.choices(documents, weights)[0], tokenizer, prompt_length, rng)
-        if prompt:
+    chats: dict[int, int] = {}
+    drawn = (rng.choices(range(len(documents)), weights)[0] for _ in range(20 * count))
+    # At last those that no draw hit, so that all of a file's chats can be asked for.
+    for index in chain(drawn, range(len(documents))):
+        if index in chats:
+            continue
+        if documents[index].get("messages"):
+            prompt = chat_prompt(documents[index]["messages"], tokenizer)
+            chats[index] = len(prompt)
+        else:
+            prompt = _text_prompt(documents[index]["text"], tokenizer, prompt_length, rng)
+        if 0 < len(prompt) <= prompt_length:
             prompts.append(prompt)
         if len(prompts) == count:
-            return prompts
-    raise ValueError(
-        f"The texts must yield {count} prompts of {prompt_length} tokens, found {len(prompts)}; give longer texts or "
-        "ask for fewer or shorter prompts."
-    )
+            break
+    long = [length for length in chats.values() if length > prompt_length]
+    problem = ""
+    if long:
+        problem = (
+            f"{len(long)} of {len(chats)} chats have more than {prompt_length} tokens with the chat template (up to "
+            f"{max(long)}) and are left out; raise prompt_length to keep them."
+        )
+    if len(prompts) < count:
+        raise ValueError(
+            f"The texts must yield {count} prompts of {prompt_length} tokens, found {len(prompts)}; give longer texts "
+            f"or ask for fewer or shorter prompts. {problem}".strip()
+        )
+    if problem:
+        logger.warning(problem)
+    return prompts
 
 
 def _length(row: dict) -> int:
     return sum(len(message["content"]) for message in row["messages"]) if row.get("messages") else len(row["text"])
 
 
-def _prompt(row: dict, tokenizer: PreTrainedTokenizerBase, prompt_length: int, rng: random.Random) -> list[int] | None:
-    if row.get("messages"):
-        messages = row["messages"][:-1] if row["messages"][-1]["role"] == "assistant" else row["messages"]
-        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        return ids if len(ids) <= prompt_length else None
-    starts = [0] + [i + 1 for i, character in enumerate(row["text"]) if character == "\n"]
+def chat_prompt(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens before the last answer of a chat, or before its first empty one."""
+    ends = [i for i, message in enumerate(messages) if message["role"] == "assistant" and not message["content"]]
+    if not ends and messages[-1]["role"] == "assistant":
+        ends = [len(messages) - 1]
+    messages = messages[: ends[0]] if ends else messages
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def _text_prompt(text: str, tokenizer: PreTrainedTokenizerBase, prompt_length: int, rng: random.Random) -> list[int]:
+    """``prompt_length`` tokens from a random line on; none where fewer follow it."""
+    starts = [0] + [i + 1 for i, character in enumerate(text) if character == "\n"]
     start = rng.choice(starts)
-    ids = tokenizer(row["text"][start : start + CHARACTERS_PER_TOKEN * prompt_length])["input_ids"]
-    return ids[:prompt_length] if len(ids) >= prompt_length else None
+    ids = tokenizer(text[start : start + CHARACTERS_PER_TOKEN * prompt_length])["input_ids"]
+    return ids[:prompt_length] if len(ids) >= prompt_length else []
 
 
 @torch.no_grad()
@@ -277,14 +304,16 @@ def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
     """Pad rows on the right.
 
     ``input_ids`` [B, S] int64, ``loss_mask`` [B, S] bool (False in the padding), ``lengths`` [B] int64 and
-    ``temperatures`` [B] float32 (1 where a row has none).
+    ``temperatures`` [B] float32 (1 where a row has none); ``records`` [B, S, W] of rows out of a ``TargetCache``.
     """
 
     def padded(key: str, dtype: torch.dtype) -> torch.Tensor:
         return torch.nn.utils.rnn.pad_sequence([torch.tensor(row[key], dtype=dtype) for row in rows], batch_first=True)
 
     temperatures = [row.get("temperature") for row in rows]
+    records = [row["records"] for row in rows if "records" in row]
     return {
+        **({"records": torch.nn.utils.rnn.pad_sequence(records, batch_first=True)} if records else {}),
         "input_ids": padded("input_ids", torch.int64),
         "loss_mask": padded("loss_mask", torch.bool),
         "lengths": torch.tensor([len(row["input_ids"]) for row in rows]),

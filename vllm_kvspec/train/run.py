@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from datasets import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -29,6 +30,7 @@ from vllm_kvspec.train.arguments import DataArguments, HeadArguments, RunArgumen
 from vllm_kvspec.train.checkpoints import RECORD_NAME, find_checkpoint, is_finished, start_run
 from vllm_kvspec.train.data import collate, load_rows
 from vllm_kvspec.train.record import RunCallback, loss_history, memory, versions, write_head
+from vllm_kvspec.train.target_cache import TargetCache
 from vllm_kvspec.train.trainer import KVSpecTrainer, init_from_target
 from vllm_kvspec.train.vocabulary import frequent_tokens, token_counts
 
@@ -146,10 +148,15 @@ def _run_trainer(
     resume_from: Path | None,
 ) -> dict:
     """Train ``head``; what ``training.json`` says about it."""
+    cache = data.cache_dir and TargetCache(Path(data.cache_dir), rows, head.config, target)
+    if cache:
+        cache.fill(args.process_index, args.world_size)
+        # Shards of the other processes.
+        PartialState().wait_for_everyone()
     trainer = KVSpecTrainer(
         model=head,
         args=args,
-        train_dataset=rows,
+        train_dataset=cache or rows,
         data_collator=collate,
         callbacks=[RunCallback()],
         target=target,
@@ -167,6 +174,7 @@ def _run_trainer(
         "steps": result.global_step,
         "seconds": history[-1]["elapsed"],
         "loss_history": loss_history(history),
+        "target_cache": cache and {"bytes": cache.num_bytes, "bytes_per_token": cache.bytes_per_token},
     }
 
 

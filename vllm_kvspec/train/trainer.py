@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, Trainer
 from vllm_kvspec.models.draft_head import KVSpecDraftModel
 from vllm_kvspec.models.target import head_logits, view_target
 from vllm_kvspec.train.losses import row_losses
+from vllm_kvspec.train.target_cache import unpack
 
 # What the norm before the LM head is called in the models of transformers.
 FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f")
@@ -65,18 +66,21 @@ def head_loss(
     """Mean loss of one batch of ``data.collate``, rows weighted by exp(-depth / depth_decay). Scalar.
 
     ``head``: a ``KVSpecDraftModel`` (or its data-parallel wrapper) with ``config``. The target's forward runs here,
-    without gradients.
+    without gradients, unless the batch brings its ``records``.
     """
     input_ids, lengths, loss_mask = batch["input_ids"], batch["lengths"], batch["loss_mask"]
     base = sample_anchors(loss_mask, settings.anchors_per_sequence)
     positions, valid = supervised_rows(base, config.draft_block_size, loss_mask, lengths)
     rows = torch.arange(len(base), device=base.device)[:, None, None]
-    view = view_target(target, config, input_ids)
+    if "records" in batch:
+        view = unpack(batch["records"], config, target, input_ids)
+    else:
+        view = view_target(target, config, input_ids)
     draft_ids = _draft_ids(head, config)
     with torch.no_grad():
         # The distribution that the row's text was drawn from; greedy text would make it infinitely sharp.
         temperature = batch["temperatures"].clamp(min=settings.min_teacher_temperature)
-        teacher = head_logits(target, view.hidden, draft_ids)[rows, positions] / temperature[:, None, None, None]
+        teacher = head_logits(target, view.hidden[rows, positions], draft_ids) / temperature[:, None, None, None]
         following = (positions + 1).clamp(max=input_ids.shape[1] - 1)
         labels, in_text = input_ids[rows, following], positions + 1 < lengths[:, None, None]
         if draft_ids is not None:
