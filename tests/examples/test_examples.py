@@ -120,6 +120,24 @@ def test_streamed_answer_is_the_same_as_the_whole_one(server):
 
 @pytest.mark.e2e
 @pytest.mark.slow
+def test_listed_log_probabilities_over_http(server):
+    """At every position those of the tokens that the request lists, beside the chosen one."""
+    answer = server.client.completions.create(
+        model=server.client.models.list().data[0].id,
+        prompt="def add(a, b):",
+        max_tokens=10,
+        temperature=0,
+        logprobs=3,
+        extra_body={"logprob_token_ids": [100, 300, 500], "return_tokens_as_token_ids": True},
+    )
+    (choice,) = answer.choices
+    assert len(choice.logprobs.tokens) == len(choice.logprobs.top_logprobs) == 10
+    for chosen, listed in zip(choice.logprobs.tokens, choice.logprobs.top_logprobs, strict=True):
+        assert listed.keys() == {chosen, "token_id:100", "token_id:300", "token_id:500"}
+
+
+@pytest.mark.e2e
+@pytest.mark.slow
 def test_offline_generate_with_and_without_speculation():
     script, common = (
         str(EXAMPLES / "offline_generate.py"),
