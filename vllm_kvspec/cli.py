@@ -83,10 +83,17 @@ def _add_prepare(commands) -> None:
     parser.add_argument("--output", type=Path, required=True, help="jsonl to write; its record goes to OUTPUT.json")
     parser.add_argument(
         "--regenerate",
-        choices=["engine", "transformers", "none"],
+        choices=["engine", "server", "transformers", "none"],
         default="engine",
-        help="what writes the answers: vLLM (default), transformers, or none (the given ones are kept)",
+        help="what writes the answers: vLLM here (default) or at --base_url, transformers, or none (kept as given)",
     )
+    parser.add_argument(
+        "--base_url",
+        nargs="+",
+        default=[],
+        help="vLLM servers of the target that write the answers (http://HOST:8000/v1), with or without kvspec",
+    )
+    parser.add_argument("--concurrency", type=int, default=64, help="requests at a time to each --base_url")
     parser.add_argument("--num_prompts", type=int, help="draw this many, longer texts more often (default: each once)")
     parser.add_argument("--prompt_length", type=int, default=64, help="tokens of a text that become its prompt")
     parser.add_argument("--max_new_tokens", type=int, default=512, help="tokens of an answer")

@@ -138,6 +138,36 @@ def test_listed_log_probabilities_over_http(server):
 
 @pytest.mark.e2e
 @pytest.mark.slow
+def test_a_server_writes_training_rows(server, tmp_path):
+    """Twice the same, and token by token what the server is asked for otherwise. It may draft meanwhile."""
+    texts = [{"text": f"def f{i}(x):\n    return x + {i}\n"} for i in range(4)]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps(text) + "\n" for text in texts))
+    written = []
+    for name in ("one", "two"):
+        run_script(
+            *("-m", "vllm_kvspec.cli", "prepare", "--target_model", TARGET, "--data_path", f"{tmp_path}/texts.jsonl"),
+            *("--base_url", f"{server.url}/v1", "--output", f"{tmp_path}/{name}.jsonl", "--prompt_length", "6"),
+            *("--max_new_tokens", "12", "--max_length", "128"),
+        )
+        written.append([json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()])
+    assert written[0] == written[1]
+    assert len(written[0]) == 4
+    assert json.loads((tmp_path / "one.jsonl.json").read_text())["settings"]["regenerate"] == "server"
+    for row in written[0]:
+        assert row["loss_mask"] == [0] * 6 + [1] * (len(row["input_ids"]) - 6)
+    greedy = [row for row in written[0] if row["temperature"] == 0]
+    answer = server.client.completions.create(
+        model=server.client.models.list().data[0].id,
+        prompt=greedy[0]["input_ids"][:6],
+        max_tokens=12,
+        temperature=0,
+        extra_body={"return_token_ids": True},
+    )
+    assert answer.choices[0].token_ids == greedy[0]["input_ids"][6:]
+
+
+@pytest.mark.e2e
+@pytest.mark.slow
 def test_offline_generate_with_and_without_speculation():
     script, common = (
         str(EXAMPLES / "offline_generate.py"),
