@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Serve the tiny target with and without speculation, send the servers the same requests, and compare.
+"""Serve a target with and without speculation, send the servers the same requests, and compare.
 
-    make demo
+    make demo           # the bundled pair
+    make demo-chat      # SmolLM2-135M-Instruct and the questions of examples/smollm2
     python examples/demo.py --num-speculative-tokens 32 --max-tokens 96
 
 Every text (and every token id) must be identical, at temperature 0 and at 0.8 with seeds; the exit status is 1 when
@@ -34,6 +35,7 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from itertools import zip_longest
 from pathlib import Path
 
 from openai import OpenAI
@@ -59,7 +61,7 @@ ENGINE_STEPS = "vllm:iteration_tokens_total_count"
 
 @dataclass(frozen=True)
 class Request:
-    """One line of ``prompts.jsonl`` (``prompt`` or ``messages``) with its sampling settings."""
+    """One line of the prompts (see ``load_requests``) with its sampling settings."""
 
     source: str
     prompt: str | None
@@ -246,15 +248,23 @@ def send(client: OpenAI, request: Request, max_tokens: int) -> tuple[str, list[i
 
 
 def load_requests(path: Path, count: int) -> list[Request]:
-    """``count`` requests, alternately completion and chat; streaming and temperature 0.8 on different rhythms."""
+    """``count`` requests; streaming and temperature 0.8 on different rhythms.
+
+    Lines with ``prompt`` (a completion), ``messages`` (a chat) or, as in Spec-Bench, ``turns`` (a chat of the first),
+    taken in turn from every kind and category.
+    """
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    kinds = [[r for r in rows if "prompt" in r], [r for r in rows if "messages" in r]]
-    ordered = [row for pair in zip(*kinds, strict=False) for row in pair]
+    groups: dict[tuple, list[dict]] = {}
+    for row in rows:
+        groups.setdefault(("prompt" in row, row.get("category")), []).append(row)
+    # Completions first, where there are any.
+    groups = dict(sorted(groups.items(), key=lambda group: not group[0][0]))
+    ordered = [row for together in zip_longest(*groups.values()) for row in together if row]
     return [
         Request(
-            source=row["source"],
+            source=row.get("source") or row["category"],
             prompt=row.get("prompt"),
-            messages=row.get("messages"),
+            messages=row.get("messages") or ("turns" in row and [{"role": "user", "content": row["turns"][0]}]) or None,
             stream=i // 2 % 2 == 1,
             temperature=0.8 if i // 4 % 2 == 1 else 0.0,
             seed=1000 + i,

@@ -46,6 +46,17 @@ def test_requests_of_the_demo_cover_every_combination():
     assert len({r.prompt or json.dumps(r.messages) for r in requests}) == 12
 
 
+def test_requests_of_spec_bench_are_chats_of_every_category(tmp_path):
+    rows = [{"category": c, "turns": [f"{c} {i}", "more"]} for c in ("code", "writing") for i in range(5)]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    requests = demo.load_requests(tmp_path / "prompts.jsonl", 4)
+    assert [request.messages for request in requests] == [
+        [{"role": "user", "content": text}] for text in ("code 0", "writing 0", "code 1", "writing 1")
+    ]
+    assert {request.kind for request in requests} == {"chat"}
+    assert [request.source for request in requests] == ["code", "writing"] * 2
+
+
 def test_metrics_page_is_summed_over_engines():
     page = (
         "# HELP vllm:spec_decode_num_drafts_total x\n"
