@@ -150,7 +150,9 @@ def _gpu() -> str:
 
     if not torch.cuda.is_available():
         seen = " (nvidia-smi is there, but torch sees no device)" if shutil.which("nvidia-smi") else ""
-        return f"no GPU{seen}: CPU"
+        units = torch.cpu.get_capabilities()
+        slow = "" if any(units[key] for key in units if key.endswith("bf16")) else "; bfloat16 is slow: --dtype float32"
+        return f"no GPU{seen}: CPU{slow}"
     capability = torch.cuda.get_device_capability()
     if capability < LEAST_CAPABILITY:
         raise RuntimeError(f"compute capability {capability[0]}.{capability[1]}, needs 8.0 or more")

@@ -170,7 +170,12 @@ def _cpu_defaults(target_model: str, settings: Settings) -> dict[str, Any]:
     # Rounded up to whole blocks, whatever their size.
     wanted = 4 * floats * (settings.max_length + CPU_KV_BLOCK) * min(settings.batch_size, CPU_REQUESTS)
     room = min(wanted, CPU_KV_BYTES, psutil.virtual_memory().available // 4)
-    return {
+    units = torch.cpu.get_capabilities()
+    dtype = {}
+    if not any(units[key] for key in units if key.endswith("bf16")):
+        logger.info("This CPU computes bfloat16 without instructions for it, several times slower: using float32.")
+        dtype = {"dtype": "float32"}
+    return dtype | {
         "enforce_eager": True,
         "max_num_seqs": CPU_REQUESTS,
         "kv_cache_memory_bytes": room,

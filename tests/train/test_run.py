@@ -151,6 +151,13 @@ def test_ties_in_frequency_go_to_the_lower_token():
     assert frequent_tokens(torch.tensor([0, 3, 1, 3, 1, 1]), 3).tolist() == [1, 2, 3]
 
 
+def test_a_vocabulary_larger_than_the_rows_is_filled_up_with_a_warning(caplog):
+    counts = torch.tensor([0, 3, 1, 3, 1, 1])
+    assert frequent_tokens(counts, 5).tolist() == [1, 2, 3, 4, 5] and not caplog.records
+    assert frequent_tokens(counts, 6).tolist() == [0, 1, 2, 3, 4, 5]
+    assert "draft_vocab_size 6 is more than the 5 different tokens of the rows; the other 1 are" in caplog.text
+
+
 def test_token_counts_over_several_batches(rows_file, monkeypatch):
     rows = load_rows([str(rows_file)], 4)
     at_once = token_counts(rows, 16)

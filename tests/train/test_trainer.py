@@ -170,10 +170,34 @@ def test_a_target_is_frozen_by_the_trainer(run_train, tmp_path, monkeypatch):
         assert not parameter.requires_grad and parameter.grad is None and parameter.equal(same), name
 
 
-def test_a_head_starts_with_its_targets_final_norm(target_dir):
+def test_a_head_starts_at_the_scale_of_its_target(target_dir):
     target = Qwen3ForCausalLM.from_pretrained(target_dir)
-    head = make_head(target)
-    torch.nn.init.uniform_(target.model.norm.weight)
+    torch.nn.init.uniform_(target.model.norm.weight, 1.0, 4.0)
+    torch.nn.init.normal_(target.model.embed_tokens.weight, std=0.25)
+    head, untouched = make_head(target), make_head(target)
+    init_from_target(head, target)
+    # The norm: the target's, smaller by one factor, so that random outputs have logits of about 1.
+    factors = head.norm.weight / target.model.norm.weight
+    torch.testing.assert_close(factors, factors[:1].expand_as(factors))
+    random = torch.randn(4096, head.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    logits = target.lm_head(random * head.norm.weight)
+    assert logits.square().mean().sqrt().item() == pytest.approx(1, rel=0.05)
+    # The projection: an embedding counts as much as a hidden state, which is as large as the target's norm.
+    size, weight = head.config.hidden_size, head.context_proj.weight
+    parts = target.model.embed_tokens.weight, random * target.model.norm.weight
+    heard = [
+        (x @ w.T).square().mean().sqrt().item()
+        for x, w in zip(parts, (weight[:, :size], weight[:, size:]), strict=True)
+    ]
+    assert heard[0] == pytest.approx(heard[1], rel=0.1)
+    assert weight[:, size:].equal(untouched.context_proj.weight[:, size:])
+    assert not head.layers[0].self_attn.o_proj.weight.any()
+
+
+def test_a_target_of_small_scale_is_taken_as_it_is(target_dir):
+    target = Qwen3ForCausalLM.from_pretrained(target_dir)
+    torch.nn.init.constant_(target.model.norm.weight, 0.01)
+    head, untouched = make_head(target), make_head(target)
     init_from_target(head, target)
     torch.testing.assert_close(head.norm.weight, target.model.norm.weight)
-    assert not head.layers[0].self_attn.o_proj.weight.any()
+    assert head.context_proj.weight.equal(untouched.context_proj.weight)

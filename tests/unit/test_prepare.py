@@ -514,3 +514,17 @@ def test_unfinished_rows_are_announced(prepare, tmp_path, caplog):
         prepare(stop_at=2)
     load_rows([str(tmp_path / "rows.jsonl")], 1)
     assert "2 of 7 prompts" in caplog.text
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU nothing is chosen for the user")
+@pytest.mark.parametrize(
+    ("units", "chosen"),
+    [
+        ({"avx512_bf16": True, "amx_bf16": False}, None),
+        ({"avx512_bf16": False, "avx2": True}, "float32"),
+        ({}, "float32"),
+    ],
+)
+def test_a_cpu_without_bfloat16_instructions_prepares_in_float32(target, monkeypatch, units, chosen):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: units)
+    assert prepare_module._cpu_defaults(target, Settings()).get("dtype") == chosen

@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Token counts of the training rows, and the reduced vocabulary that a head can be limited to."""
 
+import logging
+
 import numpy as np
 import torch
 from datasets import Dataset
+
+logger = logging.getLogger(__name__)
 
 ROWS_PER_BATCH = 1000
 
@@ -26,5 +30,16 @@ def token_counts(rows: Dataset, vocab_size: int) -> torch.Tensor:
 
 
 def frequent_tokens(counts: torch.Tensor, size: int) -> torch.Tensor:
-    """The ``size`` most frequent tokens of ``counts`` [V], in ascending order: [size] int64; ties: the lower id."""
+    """The ``size`` most frequent tokens of ``counts`` [V], in ascending order: [size] int64; ties: the lower id.
+
+    Warns when the rows have fewer different ones: the rest are the vocabulary's first, whatever they are.
+    """
+    if (different := int(counts.count_nonzero())) < size:
+        logger.warning(
+            "draft_vocab_size %d is more than the %d different tokens of the rows; the other %d are in the draft "
+            "vocabulary for their low numbers only. Prepare more rows, or lower it.",
+            size,
+            different,
+            size - different,
+        )
     return counts.sort(descending=True, stable=True).indices[:size].sort().values
