@@ -212,12 +212,17 @@ def unsupported_attention(target_config: Any) -> str | None:
 
     ``target_config`` is the target's Hugging Face text config.
     """
+    # First: transformers refuses to read what differs between layers as if it did not.
+    if getattr(target_config, "global_head_dim", None):
+        return "heads of another size in layers of another type"
     if getattr(target_config, "attn_logit_softcapping", None):
         return "soft-capped attention"
     if getattr(target_config, "model_type", None) == "gpt_oss":
         return "attention sinks"
     if getattr(target_config, "alibi", False) or getattr(target_config, "model_type", None) in ("bloom", "mpt"):
         return "ALiBi positions"
+    if getattr(target_config, "num_kv_shared_layers", None):
+        return "a KV cache that several layers share"
     rope = rope_parameters(target_config)
     # Published configurations leave the older default out; those without rotary positions know no such key.
     has_rope = is_per_layer_type(rope) or "rope_theta" in rope
