@@ -213,7 +213,7 @@ def unsupported_attention(target_config: Any) -> str | None:
     ``target_config`` is the target's Hugging Face text config.
     """
     # First: transformers refuses to read what differs between layers as if it did not.
-    if getattr(target_config, "global_head_dim", None):
+    if {"head_dim", "num_key_value_heads"} & set(getattr(target_config, "per_layer_attributes", None) or ()):
         return "heads of another size in layers of another type"
     if getattr(target_config, "attn_logit_softcapping", None):
         return "soft-capped attention"
