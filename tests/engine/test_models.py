@@ -32,8 +32,12 @@ BATCHES = [[request(3, 0.0), request(18, 1.0), request(45, 0.0), request(90, 1.0
 
 @pytest.fixture(scope="module", autouse=True)
 def less_waiting():
+    from vllm.distributed import cleanup_dist_env_and_memory
+
     with quick_engines():
         yield
+    # An engine that refused its model late has left its process groups.
+    cleanup_dist_env_and_memory()
 
 
 @pytest.fixture(scope="module")
