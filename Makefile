@@ -19,7 +19,7 @@ VLLM := 0.33.0
 endif
 export VLLM_NO_USAGE_STATS ?= 1
 
-.PHONY: demo test test-0.32 test-0.33 lint tiny bench-kernels bench-engine install clean kernel-resources
+.PHONY: demo test test-0.32 test-0.33 lint tiny models bench-kernels bench-engine install clean kernel-resources
 
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py
@@ -40,6 +40,10 @@ lint: $(STAMP)
 
 tiny: $(STAMP)
 	PATH="$(abspath $(BIN)):$$PATH" bash examples/tiny/make.sh
+
+# docs/models.md, from the cases that tests/engine/test_models.py runs.
+models: $(STAMP)
+	$(BIN)/python tools/model_matrix.py
 
 bench-kernels: $(STAMP)
 	$(BIN)/python benchmarks/bench_kernels.py $(BENCH_ARGS)

@@ -7,8 +7,6 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-IDENTICAL = "identical"
-
 SHAPE = dict(
     vocab_size=512, hidden_size=64, intermediate_size=96, num_hidden_layers=4, max_position_embeddings=128,
     num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=False, initializer_range=0.1, pad_token_id=0,
@@ -18,7 +16,7 @@ HEAD_32 = dict(head_dim=32)
 # Configurations name the same thing in several ways; each takes those it knows.
 MOE = dict(
     num_experts=4, num_local_experts=4, n_routed_experts=4, moe_num_experts=4, num_experts_per_tok=2, moe_k=2,
-    moe_topk=2, moe_intermediate_size=32, shared_expert_intermediate_size=32, n_group=1, topk_group=1,
+    moe_topk=2, moe_intermediate_size=32, n_group=1, topk_group=1,
 )  # fmt: skip
 # Shorter than the texts.
 WINDOW = dict(sliding_window=20)
@@ -33,17 +31,27 @@ PER_TYPE_ROPE = dict(
 
 @dataclass(frozen=True)
 class Case:
-    """An architecture of transformers. ``result``: ``IDENTICAL``, or words of the sentence that refuses it at start."""
+    """An architecture, by the model type of transformers. ``refusal``: words of the sentence that refuses it at start;
+    without them its text must be that of plain decoding. ``plain_fails``: why vLLM itself does not run it on a CPU.
+    ``torch_fields``: what transformers must be told to compute as vLLM does. ``versions``: of vLLM, where it was tried.
+    """
 
     model_type: str
     families: str
     special: str
-    result: str = IDENTICAL
     fields: dict[str, Any] = field(default_factory=dict)
+    refusal: str = ""
+    plain_fails: str = ""
+    torch_fields: dict[str, Any] = field(default_factory=dict)
+    versions: str = "0.32, 0.33"
 
     @property
     def config(self) -> dict[str, Any]:
         return {**SHAPE, **self.fields}
+
+    @property
+    def is_served(self) -> bool:
+        return not (self.refusal or self.plain_fails)
 
 
 CASES = [
@@ -52,26 +60,54 @@ CASES = [
     Case("qwen3", "Qwen 3", "normed queries and keys", fields=HEAD_32),
     Case("mistral", "Mistral 7B", "sliding window in every layer", fields=WINDOW),
     Case("ministral3", "Ministral 3", "YaRN, queries scaled by position"),
-    Case("gemma", "Gemma", "scaled embeddings, norms of 1 + weight, tied", fields=HEAD_32 | dict(tie_word_embeddings=True)),
-    Case("gemma2", "Gemma 2", "soft-capped attention and logits", "soft-capped attention", fields=HEAD_32 | INTERLEAVED),
     Case(
-        "gemma3_text", "Gemma 3 (text)", "interleaved windows, RoPE per layer type, scaled embeddings",
+        "gemma",
+        "Gemma",
+        "scaled embeddings, norms of 1 + weight, tied",
+        fields=HEAD_32 | dict(tie_word_embeddings=True),
+    ),
+    Case(
+        "gemma2",
+        "Gemma 2",
+        "soft-capped attention and logits",
+        fields=HEAD_32 | INTERLEAVED | dict(tie_word_embeddings=True),
+    ),
+    Case(
+        "gemma3_text",
+        "Gemma 3 (text)",
+        "interleaved windows, RoPE per layer type, scaled embeddings",
         fields=HEAD_32 | INTERLEAVED | PER_TYPE_ROPE | dict(query_pre_attn_scalar=24),
     ),
     Case("olmo", "OLMo", "norms without weights"),
     Case("olmo2", "OLMo 2", "norms after attention and MLP"),
     Case("olmo3", "OLMo 3", "interleaved windows, RoPE per layer type", fields=INTERLEAVED | PER_TYPE_ROPE),
-    Case("cohere", "Command R", "parallel attention and MLP, RoPE of neighbouring pairs, scaled logits"),
-    Case("cohere2", "Command R7B, Command A", "interleaved windows, no RoPE in full attention", fields=INTERLEAVED),
     Case(
-        "granite", "Granite 3", "scaled embeddings, attention, residuals and logits",
+        "cohere",
+        "Command R",
+        "parallel attention and MLP, RoPE of neighbouring pairs, scaled logits",
+        dict(tie_word_embeddings=True),
+    ),
+    Case(
+        "cohere2",
+        "Command R7B, Command A",
+        "interleaved windows, no RoPE in full attention",
+        fields=INTERLEAVED | dict(tie_word_embeddings=True),
+        # vLLM's window is one wider, as the model was trained.
+        torch_fields=dict(sliding_window=21),
+    ),
+    Case(
+        "granite",
+        "Granite 3",
+        "scaled embeddings, attention, residuals and logits",
         fields=dict(embedding_multiplier=3.0, logits_scaling=4.0, residual_multiplier=0.5, attention_multiplier=0.25),
     ),
     Case("phi", "Phi 1.5 and 2", "partial RoPE, parallel attention and MLP, bias of the LM head"),
     Case("phi3", "Phi 3 and 4", "partial RoPE, window", fields=WINDOW | dict(partial_rotary_factor=0.5)),
     Case("glm4", "GLM 4", "partial RoPE of neighbouring pairs, four norms a layer", fields=HEAD_32),
     Case("stablelm", "StableLM 2", "partial RoPE, LayerNorm"),
-    Case("gpt_neox", "Pythia, GPT-NeoX", "partial RoPE, parallel attention and MLP"),
+    Case(
+        "gpt_neox", "Pythia, GPT-NeoX", "partial RoPE, parallel attention and MLP", fields=dict(num_key_value_heads=2)
+    ),
     Case("falcon", "Falcon 7B", "one key head, parallel attention and MLP"),
     Case("starcoder2", "StarCoder 2", "LayerNorm, biases, no gate in the MLP"),
     Case("smollm3", "SmolLM 3", "no RoPE in every fourth layer", fields=dict(no_rope_layers=[1, 0, 1, 0])),
@@ -82,25 +118,112 @@ CASES = [
     Case("seed_oss", "Seed-OSS", "biases in attention", fields=HEAD_32),
     Case("hunyuan_v1_dense", "Hunyuan dense", "queries and keys normed after RoPE", fields=HEAD_32),
     Case("mixtral", "Mixtral", "mixture of experts", fields=MOE),
-    Case("qwen2_moe", "Qwen 1.5 and 2 MoE", "mixture of experts, one shared", fields=MOE),
+    Case(
+        "qwen2_moe",
+        "Qwen 1.5 and 2 MoE",
+        "mixture of experts, one shared",
+        fields=MOE | dict(shared_expert_intermediate_size=32),
+    ),
     Case("qwen3_moe", "Qwen 3 MoE", "mixture of experts, normed queries and keys", fields=MOE | HEAD_32),
     Case("olmoe", "OLMoE", "mixture of experts", fields=MOE),
     Case("granitemoe", "Granite 3 MoE", "mixture of experts, scaled as Granite", fields=MOE),
-    Case("phimoe", "Phi 3.5 MoE", "mixture of experts, LayerNorm", fields=MOE),
-    Case("glm4_moe", "GLM 4.5 to 4.7", "mixture of experts, partial RoPE", fields=MOE | HEAD_32 | dict(first_k_dense_replace=1)),
+    Case(
+        "glm4_moe",
+        "GLM 4.5 to 4.7",
+        "mixture of experts, partial RoPE",
+        fields=MOE | HEAD_32 | dict(first_k_dense_replace=1),
+    ),
     Case("ernie4_5_moe", "ERNIE 4.5 MoE", "mixture of experts, RoPE of neighbouring pairs", fields=MOE | HEAD_32),
-    Case("minimax_m2", "MiniMax M2", "mixture of experts, partial RoPE", fields=MOE | HEAD_32 | dict(rotary_dim=16)),
-    Case("exaone_moe", "K-EXAONE", "mixture of experts, interleaved windows, no RoPE in full attention", fields=MOE | INTERLEAVED),
-    Case("afmoe", "Trinity", "mixture of experts, gated attention, no RoPE in full attention", fields=MOE | INTERLEAVED | HEAD_32 | dict(num_dense_layers=1)),
-    Case("gpt_oss", "gpt-oss", "attention sinks, mixture of experts", "attention sinks", fields=MOE | INTERLEAVED | HEAD_32),
-    Case("gpt2", "GPT-2", "learned positions", "no rotary positions", fields=dict(n_embd=64, n_layer=4, n_head=2, n_positions=128)),
-    Case("opt", "OPT", "learned positions", "no rotary positions", fields=dict(ffn_dim=96, word_embed_proj_dim=64)),
-    Case("bloom", "BLOOM", "ALiBi", "ALiBi positions"),
-    Case("deepseek_v3", "DeepSeek V3 and R1, Kimi K2", "latent attention", "multi-head latent attention", fields=MOE),
-    Case("llama4_text", "Llama 4", "chunked attention", "plain K and V", fields=MOE | HEAD_32),
-    Case("gemma3n_text", "Gemma 3n", "layers that share one KV cache", "?"),
-    Case("gemma4_text", "Gemma 4", "heads of another size in layers of another type", "?"),
-    Case("qwen3_next", "Qwen 3 Next", "linear attention in most layers", "hybrid or state-space layers", fields=MOE | HEAD_32),
-    Case("mamba2", "Mamba 2", "no attention", "hybrid or state-space layers"),
-    Case("mimo_v2_flash", "MiMo V2 Flash", "attention sinks, keys and values of other sizes", "?", fields=MOE),
-]  # fmt: skip
+    Case(
+        "exaone_moe",
+        "K-EXAONE",
+        "mixture of experts, interleaved windows, no RoPE in full attention",
+        fields=MOE | INTERLEAVED,
+    ),
+    Case(
+        "afmoe",
+        "Trinity",
+        "mixture of experts, gated attention, no RoPE in full attention",
+        fields=MOE
+        | INTERLEAVED
+        | HEAD_32
+        | dict(num_dense_layers=1, score_func="sigmoid", route_norm=True, route_scale=1.0),
+    ),
+    Case(
+        "phimoe",
+        "Phi 3.5 MoE",
+        "mixture of experts, LayerNorm",
+        fields=MOE,
+        plain_fails="its code in transformers and vLLM's backend for that disagree",
+    ),
+    Case(
+        "minimax_m2",
+        "MiniMax M2",
+        "mixture of experts, partial RoPE",
+        fields=MOE | HEAD_32,
+        plain_fails="vLLM's CPU kernels route experts by softmax only",
+    ),
+    Case(
+        "gpt_oss",
+        "gpt-oss",
+        "attention sinks, mixture of experts",
+        fields=MOE | INTERLEAVED | HEAD_32,
+    ),
+    Case(
+        "gpt2",
+        "GPT-2",
+        "learned positions",
+        fields=dict(n_embd=64, n_layer=4, n_head=2, n_positions=128),
+        refusal="no rotary positions",
+    ),
+    Case(
+        "opt",
+        "OPT",
+        "learned positions",
+        fields=dict(ffn_dim=96, word_embed_proj_dim=64),
+        refusal="no rotary positions",
+    ),
+    Case("bloom", "BLOOM", "ALiBi", refusal="ALiBi positions"),
+    Case(
+        "deepseek_v3",
+        "DeepSeek V3 and R1, Kimi K2",
+        "latent attention",
+        fields=MOE,
+        refusal="multi-head latent attention",
+    ),
+    Case("llama4_text", "Llama 4", "chunked attention", fields=MOE | HEAD_32, refusal="plain K and V"),
+    Case(
+        "gemma3n_text",
+        "Gemma 3n",
+        "layers that share one KV cache",
+        HEAD_32
+        | INTERLEAVED
+        | dict(
+            num_kv_shared_layers=2,
+            hidden_size_per_layer_input=16,
+            vocab_size_per_layer_input=512,
+            laurel_rank=8,
+            activation_sparsity_pattern=[0.0] * 4,
+        ),
+        refusal="a KV cache that several layers share",
+    ),
+    Case(
+        "gemma4_text",
+        "Gemma 4",
+        "heads of two sizes, layers that share one KV cache",
+        HEAD_32
+        | INTERLEAVED
+        | dict(
+            global_head_dim=64, num_kv_shared_layers=0, hidden_size_per_layer_input=16, vocab_size_per_layer_input=512
+        ),
+        refusal="heads of another size in layers of another type",
+    ),
+    Case(
+        "qwen3_next",
+        "Qwen 3 Next",
+        "linear attention in most layers",
+        fields=MOE | HEAD_32,
+        refusal="hybrid or state-space layers",
+    ),
+    Case("mamba2", "Mamba 2", "no attention", dict(num_heads=4, head_dim=32), refusal="hybrid or state-space layers"),
+]

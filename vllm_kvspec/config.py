@@ -212,8 +212,13 @@ def unsupported_attention(target_config: Any) -> str | None:
 
     ``target_config`` is the target's Hugging Face text config.
     """
+    # First: transformers refuses to read what differs between layers as if it did not.
+    if {"head_dim", "num_key_value_heads"} & set(getattr(target_config, "per_layer_attributes", None) or ()):
+        return "heads of another size in layers of another type"
     if getattr(target_config, "alibi", False) or getattr(target_config, "model_type", None) in ("bloom", "mpt"):
         return "ALiBi positions"
+    if getattr(target_config, "num_kv_shared_layers", None):
+        return "a KV cache that several layers share"
     # Granite's, layer by layer; 0 for none.
     if len(set(getattr(target_config, "layer_rope_theta", None) or [])) > 1:
         return "rotary positions listed layer by layer"

@@ -5,7 +5,6 @@ import contextlib
 import gc
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -29,30 +28,11 @@ import engine_runner  # noqa: E402
 import requests_mix  # noqa: E402
 
 
-def run_script(job: dict, directory: Path, *, multiprocessing: bool = False, path: Path | None = None) -> dict:
-    """``engine_runner.py`` in a process of its own; fails with the end of its output. ``path``: where it finds more."""
-    (directory / "job.json").write_text(json.dumps(job))
-    done = subprocess.run(
-        [sys.executable, str(HERE / "engine_runner.py"), "job.json", "out.json"],
-        cwd=directory,
-        env={
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join([str(HERE), *([str(path)] if path else [])]),
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "1" if multiprocessing else "0",
-        },
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
-    return json.loads((directory / "out.json").read_text())
-
-
 @pytest.fixture(scope="session")
 def reference(tmp_path_factory) -> dict[str, list]:
     """What plain vLLM answers to each batch of ``requests_mix.BATCHES``."""
     job = {"engine": engine_runner.PLAIN_ENGINE, "batches": [make() for make in requests_mix.BATCHES.values()]}
-    outputs = run_script(job, tmp_path_factory.mktemp("plain"))["outputs"]
+    outputs = engine_runner.run_script(job, tmp_path_factory.mktemp("plain"))["outputs"]
     return dict(zip(requests_mix.BATCHES, outputs, strict=True))
 
 
@@ -73,7 +53,12 @@ def oracle_file(reference, tmp_path_factory) -> str:
 @contextlib.contextmanager
 def engine(speculative_config: dict | None, **arguments):
     """An in-process engine, torn down afterwards so that the next one starts clean."""
-    llm = engine_runner.make_llm({"speculative_config": speculative_config, **arguments})
+    from vllm.model_executor.models.transformers.base import Base
+
+    with pytest.MonkeyPatch.context() as patch:
+        # It would change the classes of transformers for the whole process; these engines do not compile anyway.
+        patch.setattr(Base, "_decorate_for_torch_compile", lambda self: None)
+        llm = engine_runner.make_llm({"speculative_config": speculative_config, **arguments})
     try:
         yield llm
     finally:
@@ -132,4 +117,4 @@ def same():
 
 @pytest.fixture
 def script(tmp_path):
-    return lambda job, **kwargs: run_script(job, tmp_path, **kwargs)
+    return lambda job, **kwargs: engine_runner.run_script(job, tmp_path, **kwargs)

@@ -3,14 +3,17 @@
 
     python tests/engine/engine_runner.py job.json out.json
 
-A job is ``{"jobs": [job, ...]}``, plain engines one after another, or ``{"engine": {LLM arguments}, "batches": [[request, ...], ...], "async_scheduling": bool}``; a request is
+A job is ``{"engine": {LLM arguments}, "batches": [[request, ...], ...], "async_scheduling": bool}``, or
+``{"jobs": [job, ...]}``: plain engines, one after another. A request is
 ``{"prompt": [token ids], "params": {SamplingParams}}``. The plain reference always runs as a script: in a process of
 its own nothing of kvspec's worker can have touched it.
 """
 
+import contextlib
 import gc
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -115,6 +118,25 @@ def force_async_scheduling() -> None:
     platform.check_and_update_config = classmethod(check_and_update_config)
 
 
+def run_script(job: dict, directory: Path, *, multiprocessing: bool = False, path: Path | None = None) -> dict:
+    """This file in a process of its own; fails with the end of its output. ``path``: where it finds more."""
+    (directory / "job.json").write_text(json.dumps(job))
+    done = subprocess.run(
+        [sys.executable, __file__, "job.json", "out.json"],
+        cwd=directory,
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *([str(path)] if path else [])]),
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "1" if multiprocessing else "0",
+        },
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    return json.loads((directory / "out.json").read_text())
+
+
 def _kernels_in_use() -> str | None:
     """Which kernels this process's engine called; None when the engine runs in another process."""
     ops = sys.modules.get("vllm_kvspec.engine.ops")
@@ -132,15 +154,35 @@ def close(llm) -> None:
 def run_plain(jobs: list[dict]) -> list[list]:
     """The outputs of several engines, one after another."""
     outputs = []
-    for job in jobs:
-        llm = make_llm(job["engine"])
-        outputs.append(generate(llm, job["batches"]))
-        close(llm)
-        del llm
-        gc.collect()
-        # What vLLM has loaded by now stays; its own collections need not look at it again.
-        gc.freeze()
+    with quick_engines():
+        for job in jobs:
+            llm = make_llm(job["engine"])
+            outputs.append(generate(llm, job["batches"]))
+            close(llm)
+            # Before the next one: its end would take the new one's process groups along.
+            del llm
     return outputs
+
+
+@contextlib.contextmanager
+def quick_engines():
+    """Without most of the time that a small engine takes to start and stop.
+
+    vLLM collects all garbage half a dozen times per engine (what lies in cycles is still collected as Python does it by
+    itself), and looks at every class of models in a process of its own, unless a cache of the machine has it.
+    """
+    from vllm.model_executor.models import registry
+
+    replaced = [(gc, "collect", lambda *args: 0), (registry, "_run_in_subprocess", lambda function: function())]
+    originals = [(owner, name, getattr(owner, name)) for owner, name, _ in replaced]
+    for owner, name, value in replaced:
+        setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        for owner, name, value in originals:
+            setattr(owner, name, value)
+        gc.collect()
 
 
 def main() -> None:

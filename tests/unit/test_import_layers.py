@@ -60,7 +60,7 @@ def test_import_of_the_package_is_light():
 
 def test_nothing_but_the_engine_loads_vllm():
     names = modules(
-        "__init__.py", "cli.py", "config.py", "tree.py", "models", "train", "eval", "prepare.py", "doctor.py"
+        "__init__.py", "cli.py", "config.py", "rope.py", "tree.py", "models", "train", "eval", "prepare.py", "doctor.py"
     )
     assert len(names) > 4
     assert loaded_after(names, ["vllm", "vllm_kvspec.engine"]) == set()
