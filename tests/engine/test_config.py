@@ -172,9 +172,9 @@ def test_a_head_is_served_by_its_name(tmp_path, monkeypatch):
 
 def test_an_attention_that_no_head_fits_is_refused_before_anything_is_loaded(tmp_path):
     target = Path(shutil.copytree(TARGET, tmp_path / "target", ignore=shutil.ignore_patterns("*.safetensors")))
-    shape = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 2, "head_dim": 32, "vocab_size": 4096}
-    AutoConfig.for_model("olmo3", **shape, architectures=["Olmo3ForCausalLM"]).save_pretrained(target)
-    with pytest.raises(ValueError, match="has other rotary positions in layers of another type"):
+    shape = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 2, "vocab_size": 4096, "alibi": True}
+    AutoConfig.for_model("falcon", **shape, architectures=["FalconForCausalLM"]).save_pretrained(target)
+    with pytest.raises(ValueError, match="has ALiBi positions"):
         EngineArgs(model=str(target), dtype="float32", speculative_config=kvspec()).create_engine_config()
 
 
