@@ -2,7 +2,8 @@
 """The train command: check everything, then train, then write the head with the record of how it was made.
 
 Memory of a step, beside the weights of target and head, the optimizer's two moments and the head's gradients. The
-target runs online, without gradients. With B sequences of S tokens, A anchors a sequence, blocks of G rows and V
+target runs online, without gradients; with ``cache_dir`` only what the head reads is in memory
+(``train.target_cache``). With B sequences of S tokens, A anchors a sequence, blocks of G rows and V
 scored tokens:
 
     target's KV                2 * target layers * Hkv * D * B * S      values, in the target's dtype
