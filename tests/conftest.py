@@ -21,19 +21,20 @@ if INTERPRETED:
 POISON_INTEGER = -0x5A5A5A5B
 
 
-def _load_neighbour(name: str):
-    """Import a module beside this file without putting the tests on sys.path."""
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
+class Neighbours:
+    """Finds the modules beside this file, when they are imported. On sys.path the tests would hide others' ``kernels``,
+    ``train``, ..."""
+
+    NAMES = ("architectures", "copy_language", "interpreted_vllm", "interpreter_bf16")
+
+    @classmethod
+    def find_spec(cls, name: str, path=None, target=None):
+        if path is None and name in cls.NAMES:
+            return importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+        return None
 
 
-# Conftests of subdirectories import it before pytest_configure.
-_load_neighbour("interpreted_vllm")
-_load_neighbour("copy_language")
-_load_neighbour("architectures")
+sys.meta_path.append(Neighbours)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -46,7 +47,7 @@ def pytest_configure(config: pytest.Config) -> None:
             "`ln -sfn ../kernels vllm_kvspec/kernels`."
         )
     if INTERPRETED:
-        _load_neighbour("interpreter_bf16").install()
+        importlib.import_module("interpreter_bf16").install()
     _poison_allocations()
 
 
