@@ -130,7 +130,8 @@ def init_from_target(head: KVSpecDraftModel, target: PreTrainedModel) -> None:
 
     The norm is scaled so that a random output gives logits of standard deviation 1 at most: with SmolLM2's own it is
     4.4, and the first loss 20 nats. An embedding may be far smaller than a hidden state (SmolLM2: 0.14 and 1.9, root
-    mean square), so its columns start larger by that ratio. Together, SmolLM2, 60 steps: KL 5.2 against 6.5 nats.
+    mean square), so its columns start larger by that ratio. Together, SmolLM2, 60 steps: KL 5.2 against 6.5 nats;
+    the tiny target, steps 121 to 160: loss 1.26 against 1.29 (one seed each).
 
     Only that: layers that start as copies of the target's learn more slowly than random ones (on the tiny target, 60
     steps: KL 1.73 against 1.13 nats at the first depth), for they expect the residual stream of a deeper layer.
