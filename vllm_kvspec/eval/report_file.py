@@ -5,6 +5,8 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+from vllm_kvspec.train.checkpoints import write_json
+
 
 class ReportFile:
     """The report of a measurement under ``conditions`` (JSON), in ``path`` or, if that is None, in memory only.
@@ -56,9 +58,6 @@ class ReportFile:
         return self.report
 
     def _write(self) -> None:
-        """Replace the file in one step: what stands there is always whole."""
         if self.path:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            partial = self.path.with_name(self.path.name + ".partial")
-            partial.write_text(json.dumps(self.report, indent=2) + "\n")
-            partial.replace(self.path)
+            write_json(self.path, self.report)

@@ -101,9 +101,14 @@ def start_run(directory: Path, settings: dict) -> None:
     if _read_json(directory / SETTINGS_NAME) != settings:
         for checkpoint in sort_checkpoints(str(directory)):
             shutil.rmtree(checkpoint)
-    partial = directory / f"{SETTINGS_NAME}.partial"
-    partial.write_text(json.dumps(settings, indent=2) + "\n")
-    partial.replace(directory / SETTINGS_NAME)
+    write_json(directory / SETTINGS_NAME, settings)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Replace ``path`` in one step: what stands there is always whole."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(json.dumps(value, indent=2) + "\n")
+    partial.replace(path)
 
 
 def _read_json(path: Path) -> dict | None:

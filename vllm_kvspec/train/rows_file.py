@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vllm_kvspec.train.checkpoints import write_json
 from vllm_kvspec.train.data import sidecar_path
 
 # Recorded for the reader; they do not decide what the rows are.
@@ -105,9 +106,7 @@ class RowsFile:
             os.fsync(file.fileno())
 
     def _write_record(self) -> None:
-        temporary = self.sidecar.with_name(self.sidecar.name + ".new")
-        temporary.write_text(json.dumps(self.record | {"progress": asdict(self.progress)}, indent=2) + "\n")
-        temporary.replace(self.sidecar)
+        write_json(self.sidecar, self.record | {"progress": asdict(self.progress)})
 
 
 def _difference(saved: Any, now: Any) -> str:

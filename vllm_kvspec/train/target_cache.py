@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 
 from vllm_kvspec.config import KVSpecDraftConfig
 from vllm_kvspec.models.target import TargetView, kv_windows, view_target, weights_sha256
-from vllm_kvspec.train.checkpoints import differences
+from vllm_kvspec.train.checkpoints import differences, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -127,7 +127,7 @@ class TargetCache(torch.utils.data.Dataset):
                 f"{self.directory}; name another disk, use fewer rows, or train without a cache."
             )
         if rank == 0:
-            (self.directory / CONTENTS_NAME).write_text(json.dumps(self.contents, indent=2) + "\n")
+            write_json(self.directory / CONTENTS_NAME, self.contents)
         # By number, whatever the others have finished meanwhile.
         own = [i for i in missing if i % world_size == rank]
         total = sum(self._tokens(i) for i in own)
