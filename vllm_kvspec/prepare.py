@@ -9,7 +9,7 @@ import importlib.metadata
 import logging
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,16 +41,6 @@ CPU_KV_BLOCK = 128
 CPU_REQUESTS = 256
 
 
-@dataclass(frozen=True)
-class Servers:
-    """Who writes the answers when ``regenerate`` is "server". Not part of what decides the rows, so an interrupted run
-    may go on with others. ``concurrency``: requests at a time to each."""
-
-    base_urls: Sequence[str]
-    concurrency: int
-    api_key: str = field(default_factory=lambda: os.environ.get("OPENAI_API_KEY", "none"), repr=False)
-
-
 def prepare(
     target_model: str,
     data_path: list[str],
@@ -65,8 +55,9 @@ def prepare(
     """Write the training rows of ``data_path`` to ``output``, or go on where an interrupted run ended.
 
     ``settings``: fields of ``train.regeneration.Settings``; ``max_length`` is lowered to the target's context, and
-    ``regenerate`` is "server" with a ``base_url``. ``command`` is recorded. Returns how much was written. Raises
-    ValueError, before anything is written, for unusable texts, settings or output.
+    ``regenerate`` is "server" with a ``base_url``; an interrupted run may go on with other servers. ``command`` is
+    recorded. Returns how much was written. Raises ValueError, before anything is written, for unusable texts, settings
+    or output.
     """
     if base_url:
         settings["regenerate"] = "server"
@@ -74,7 +65,6 @@ def prepare(
         raise ValueError('regenerate "server" needs a base_url, found none; give --base_url http://HOST:PORT/v1.')
     if concurrency < 1:
         raise ValueError(f"concurrency must be at least 1, found {concurrency}; give a positive number.")
-    servers = Servers(base_url, concurrency)
     config, tokenizer = AutoConfig.from_pretrained(target_model), AutoTokenizer.from_pretrained(target_model)
     chosen = Settings(**settings | {"max_length": _context(config, settings)})
     texts = load_texts(data_path, split)
@@ -95,7 +85,8 @@ def prepare(
     if file.finished:
         logger.info("%s is finished; nothing to do.", output)
         return file.progress
-    write_rows(file, texts, plan, tokenizer, chosen, partial(_make_writer, target_model, tokenizer, chosen, servers))
+    make_writer = partial(_make_writer, target_model, tokenizer, chosen, base_url, concurrency)
+    write_rows(file, texts, plan, tokenizer, chosen, make_writer)
     if file.progress.left_out:
         counts = ", ".join(f"{count} {reason}" for reason, count in file.progress.left_out.items())
         logger.warning("Of %d prompts left out: %s.", len(plan), counts)
@@ -109,12 +100,17 @@ def _context(config: Any, settings: dict[str, Any]) -> int:
 
 
 def _make_writer(
-    target_model: str, tokenizer: Any, settings: Settings, servers: Servers, answered: Callable[[], None]
+    target_model: str,
+    tokenizer: Any,
+    settings: Settings,
+    base_urls: Sequence[str],
+    concurrency: int,
+    answered: Callable[[], None],
 ) -> Writer:
     if settings.regenerate == "engine":
         return engine_writer(target_model, settings, answered)
     if settings.regenerate == "server":
-        return server_writer(servers.base_urls, servers.concurrency, settings.max_length, answered, servers.api_key)
+        return server_writer(base_urls, concurrency, settings.max_length, answered)
     from vllm_kvspec.train.run import load_target
 
     return transformers_writer(load_target(target_model)[0], tokenizer, answered)

@@ -101,9 +101,9 @@ def plan(config) -> Graphs:
         drafter = None
         if speculative:
             from vllm_kvspec.engine.draft.graphs import DrafterGraphs
-            from vllm_kvspec.engine.runner import plan_graphs
+            from vllm_kvspec.engine.verify.decode_graphs import plan_decode_graphs
 
-            plan_graphs(target, speculative)
+            plan_decode_graphs(target, speculative)
             drafter = DrafterGraphs(config, torch.device("cpu"), mode)
             drafter._graphs_captured = True
         target._graphs_captured = True
@@ -112,6 +112,8 @@ def plan(config) -> Graphs:
 
 def report(graphs: Graphs) -> dict:
     from vllm.config import CUDAGraphMode as Mode
+
+    from vllm_kvspec.engine.batch_sizes import max_step_rows
 
     config, target, drafter = graphs.config, graphs.target, graphs.drafter
     speculative = config.speculative_config
@@ -133,7 +135,7 @@ def report(graphs: Graphs) -> dict:
         "backend": str(config.attention_config.backend),
         "stock_attention": getattr(speculative, "stock_attention", None),
         "mode": graphs.mode.name,
-        "max_rows": min(largest, config.scheduler_config.max_num_batched_tokens),
+        "max_rows": max_step_rows(config),
         "full": [[g.num_reqs, g.uniform_token_count] for g in target._capture_descs.get(Mode.FULL, [])],
         "piecewise": [g.num_tokens for g in target._capture_descs.get(Mode.PIECEWISE, [])],
         "drafter": [[g.num_reqs, drafter.nodes[g.num_reqs]] for g in drafter._capture_descs.get(Mode.FULL, [])]

@@ -9,34 +9,22 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from engine_runner import HEAD, TARGET, generate, spec_counters
+from engine_runner import TARGET, generate, spec_counters
+from heads import write_head
 from requests_mix import BATCHES
 from safetensors.torch import load_file
 from torch.nn.functional import linear
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from vllm_kvspec.config import KVSpecDraftConfig
 from vllm_kvspec.engine import ops
 from vllm_kvspec.engine.cpu.worker import KVSpecCPUWorker
-from vllm_kvspec.models.draft_head import KVSpecDraftModel
-
-EVERY_SECOND = 2048
 
 
 @pytest.fixture(scope="module")
 def reduced_head(tmp_path_factory) -> str:
     """The bundled head, scoring every second token only."""
-    config = KVSpecDraftConfig.from_pretrained(HEAD)
-    head = KVSpecDraftModel(KVSpecDraftConfig.from_dict(config.to_dict() | {"draft_vocab_size": EVERY_SECOND}))
-    ids = torch.arange(0, config.vocab_size, 2)[:EVERY_SECOND]
-    head.set_draft_vocabulary(ids)
-    tensors = load_file(Path(HEAD) / "model.safetensors")
-    tensors["transition_out.weight"] = tensors["transition_out.weight"][ids]
-    head.load_state_dict(tensors, strict=False)
-    directory = tmp_path_factory.mktemp("reduced")
-    head.save_pretrained(directory)
-    return str(directory)
+    return write_head(tmp_path_factory.mktemp("reduced"), draft_vocab_size=2048)
 
 
 class Allocations(TorchDispatchMode):

@@ -47,12 +47,6 @@ def needs_chain(params: SamplingParams | None) -> bool:
     )
 
 
-def plan_graphs(manager, config) -> None:
-    """With one number of nodes vLLM's own list of graphs is right."""
-    if config.num_speculative_tokens_per_batch_size:
-        plan_decode_graphs(manager, config.node_sizes)
-
-
 def check_backend(group) -> None:
     """Raise ValueError if vLLM gave some layers another backend, or blocks that are not the cache's."""
     if not all(isinstance(builder, HasTreeState) for builder in group.metadata_builders):
@@ -119,7 +113,7 @@ class KVSpecRunnerMixin(MeasuresStepCosts):
         self.speculator.release_target_kv()
         super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
         if self.cudagraph_manager is not None:
-            plan_graphs(self.cudagraph_manager, self.speculative_config)
+            plan_decode_graphs(self.cudagraph_manager, self.speculative_config)
         context = self.compilation_config.static_forward_context
         self.cache_classes = cache_classes(self.kv_cache_config, context)
         self.speculator.bind_target_kv(self.kv_cache_config, context)

@@ -2,6 +2,7 @@
 """Answers for training rows from running OpenAI-compatible servers, so that many machines can share the work."""
 
 import itertools
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 
@@ -16,16 +17,16 @@ def server_writer(
     concurrency: int,
     max_length: int,
     answered: Callable[[], None] = lambda: None,
-    api_key: str = "none",
 ) -> Writer:
     """Answers by the servers at ``base_urls`` (".../v1"), in turn, ``concurrency`` requests at a time to each.
 
     A server must be vLLM's, which takes and returns token ids, and serve the target for rows of ``max_length`` tokens.
-    ``answered`` is called for each answer. Raises ValueError for a server that cannot be reached, has less room, or
-    returns no token ids.
+    ``answered`` is called for each answer; the key, if servers want one, is OPENAI_API_KEY of the environment. Raises
+    ValueError for a server that cannot be reached, has less room, or returns no token ids.
     """
     from openai import OpenAI, OpenAIError
 
+    api_key = os.environ.get("OPENAI_API_KEY", "none")
     clients = [OpenAI(base_url=url, api_key=api_key, max_retries=MAX_RETRIES, timeout=None) for url in base_urls]
     try:
         models = [client.models.list().data[0] for client in clients]

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which full CUDA graphs of the target are captured when the number of nodes varies."""
 
-from collections.abc import Sequence
 from itertools import pairwise
 
 from vllm.config import CUDAGraphMode
@@ -10,7 +9,7 @@ from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, CudaGra
 from vllm_kvspec.engine.batch_sizes import graph_batches
 
 
-def plan_decode_graphs(manager: CudaGraphManager, node_sizes: Sequence[int]) -> None:
+def plan_decode_graphs(manager: CudaGraphManager, config) -> None:
     """Capture plain decode steps as vLLM does, and for other numbers of nodes the batches of ``graph_batches``.
 
     Target: the instance's ``_candidates`` and ``_capture_descs``, before capture. Why: vLLM rounds its whole list of
@@ -18,14 +17,18 @@ def plan_decode_graphs(manager: CudaGraphManager, node_sizes: Sequence[int]) -> 
     its own schedule can reach with ``max_num_seqs`` (one of them with a single sequence), and offers a batch no graph
     beyond the next captured size of any length. Upstream: the same for every dynamic schedule in 0.33. Remove when a
     plugin can give the list.
+
+    ``config``: the KVSpecConfig. With one number of nodes, and no schedule, vLLM's own list is right.
     """
     mode = manager.cudagraph_mode
+    if not config.num_speculative_tokens_per_batch_size:
+        return
     if not mode.separate_routine() or mode.decode_mode() != CUDAGraphMode.FULL:
         return
     for key, graphs in manager._candidates.items():
         manager._candidates[key] = [graph for graph in graphs if graph.cg_mode != CUDAGraphMode.FULL]
     captured = []
-    for rows in (nodes + 1 for nodes in node_sizes):
+    for rows in (nodes + 1 for nodes in config.node_sizes):
         for below, batch in pairwise([0, *_batches(manager, rows)]):
             graph = BatchExecutionDescriptor(CUDAGraphMode.FULL, batch * rows, batch, uniform_token_count=rows)
             captured.append(graph)
@@ -37,7 +40,7 @@ def plan_decode_graphs(manager: CudaGraphManager, node_sizes: Sequence[int]) -> 
 
 def _batches(manager: CudaGraphManager, rows: int) -> list[int]:
     """A plain decode step is padded as without kvspec: it must not be slower."""
-    config = manager.compilation_config
+    sizes = manager.compilation_config
     if rows > 1:
-        return graph_batches(min(manager.max_num_reqs, config.max_cudagraph_capture_size // rows), rows)
-    return sorted(size for size in config.cudagraph_capture_sizes if size <= manager.max_num_reqs)
+        return graph_batches(min(manager.max_num_reqs, sizes.max_cudagraph_capture_size // rows), rows)
+    return sorted(size for size in sizes.cudagraph_capture_sizes if size <= manager.max_num_reqs)
