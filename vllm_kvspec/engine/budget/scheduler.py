@@ -12,7 +12,16 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from vllm_kvspec.engine.batch_sizes import max_step_rows
-from vllm_kvspec.engine.budget.choice import Acceptance, MeasuredCosts, NodeBudget, Roofline, decoder_pass, read_costs
+from vllm_kvspec.engine.budget.choice import (
+    NO_PASS,
+    Acceptance,
+    MeasuredCosts,
+    NodeBudget,
+    Roofline,
+    acceptance_profile,
+    decoder_pass,
+    read_costs,
+)
 
 logger = init_logger("vllm.kvspec.budget")
 
@@ -23,15 +32,18 @@ LEAST_ACCEPTED, WATCHED_DRAFTS = 0.1, 200
 def create_budget(vllm_config) -> NodeBudget:
     """The budget of an engine: its roofline, or the cost table that the user gave."""
     config = vllm_config.speculative_config
-    head = config.draft_model_config.hf_config
+    head = config.head_config
     if config.budget_costs:
         costs = read_costs(config.budget_costs)
     else:
         shards = vllm_config.parallel_config.tensor_parallel_size
         element_bytes = vllm_config.model_config.dtype.itemsize
         target = decoder_pass(vllm_config.model_config.hf_text_config, element_bytes, shards)
-        costs = Roofline(target, decoder_pass(head, element_bytes, shards), head.draft_block_size)
-    acceptance = Acceptance(getattr(head, "acceptance_profile", None))
+        if head is None:
+            costs = Roofline(target, NO_PASS, 0)
+        else:
+            costs = Roofline(target, decoder_pass(head, element_bytes, shards), head.draft_block_size)
+    acceptance = Acceptance(acceptance_profile(head))
     return NodeBudget(costs, acceptance, config.node_sizes, max_step_rows(vllm_config))
 
 
