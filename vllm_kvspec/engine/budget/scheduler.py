@@ -69,6 +69,17 @@ class NodesByLoad:
         return nodes
 
 
+class TellsSalts:
+    """Tells the workers each new request's ``cache_salt``, which stays in the scheduler otherwise."""
+
+    def schedule(self, *args, **kwargs):
+        output = super().schedule(*args, **kwargs)
+        for new in output.scheduled_new_reqs:
+            # A plain attribute on vLLM's dataclass: pickled with it.
+            new.kvspec_salt = self.requests[new.req_id].cache_salt
+        return output
+
+
 class WatchesAcceptance:
     """Says once when next to nothing is accepted: the text is right then too, so nothing else would."""
 
@@ -119,4 +130,4 @@ def create_scheduler(vllm_config, *args, **kwargs) -> Scheduler:
     asynchronous is known only once the engine is configured."""
     stock = AsyncScheduler if vllm_config.scheduler_config.async_scheduling else Scheduler
     chooses = [ChoosesNodes] if vllm_config.speculative_config.budget == "auto" else []
-    return type("KVSpecScheduler", (WatchesAcceptance, *chooses, stock), {})(vllm_config, *args, **kwargs)
+    return type("KVSpecScheduler", (WatchesAcceptance, TellsSalts, *chooses, stock), {})(vllm_config, *args, **kwargs)

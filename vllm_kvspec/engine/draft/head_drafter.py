@@ -61,6 +61,10 @@ class Drafter:
         """``context``: one target layer per head layer. ``block_tables``: int32 [Rmax, M] per KV cache group."""
         self.context, self.block_tables = context, block_tables
 
+    def refresh(self) -> None:
+        """The target has got other weights."""
+        self.logits.refresh()
+
     def plan(self, num_nodes: int) -> list[Level]:
         """Levels of a tree of ``num_nodes`` nodes; none of them can be deeper than the tree has nodes."""
         return plan_levels(min(self.head.config.draft_block_size, num_nodes), self.beam, self.width, num_nodes)
