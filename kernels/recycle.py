@@ -462,6 +462,6 @@ def recycle_tree(
             HALF=len(table.owner) // 2,
             SIZE=size,
             BLOCK_NODES=block_nodes,
-            num_warps=1 if block_nodes <= 32 else 2,
+            num_warps=1 if block_nodes <= 32 else 4,
         )
     return tokens, parent, depth, mask

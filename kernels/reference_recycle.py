@@ -253,7 +253,11 @@ class _Tree:
 
     def _recycled(self, table: RecycleTable, token: int, before: int, earlier: int):
         """The table's successors of a token: (token, log-probability, trust)."""
-        for pair, last, trust in ((before, token, PAIR_TRUST), (-1, token, TOKEN_TRUST), (earlier, before, GUESS_TRUST)):
+        for pair, last, trust in (
+            (before, token, PAIR_TRUST),
+            (-1, token, TOKEN_TRUST),
+            (earlier, before, GUESS_TRUST),
+        ):
             is_guess = trust == GUESS_TRUST
             if last < 0 or (pair < 0 and trust != TOKEN_TRUST):
                 continue

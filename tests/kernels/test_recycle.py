@@ -64,18 +64,21 @@ def learned(step: SimpleNamespace, update, device, slots: int = 256) -> twin.Rec
 
 def tree_arguments(step: SimpleNamespace, nodes: int, **other) -> dict:
     """Four rows: two requests, one with a text of two tokens, and padding."""
-    return dict(
-        request=torch.tensor([2, 0, 1, REQUESTS]),
-        base=torch.tensor([LENGTH - 1, 20, 1, 0]).int(),
-        temperature=torch.tensor([0.0, 1.0, 0.7, 0.0]),
-        seed=torch.tensor([1, 2, -(2**40) - 3, 4]),
-        chain=torch.zeros(4).int(),
-        owner=step.rows["owner"],
-        text=step.rows["text"],
-        size=nodes,
-        num_nodes=nodes,
-        coupled=True,
-    ) | other
+    return (
+        dict(
+            request=torch.tensor([2, 0, 1, REQUESTS]),
+            base=torch.tensor([LENGTH - 1, 20, 1, 0]).int(),
+            temperature=torch.tensor([0.0, 1.0, 0.7, 0.0]),
+            seed=torch.tensor([1, 2, -(2**40) - 3, 4]),
+            chain=torch.zeros(4).int(),
+            owner=step.rows["owner"],
+            text=step.rows["text"],
+            size=nodes,
+            num_nodes=nodes,
+            coupled=True,
+        )
+        | other
+    )
 
 
 @EACH

@@ -145,9 +145,13 @@ def create_kvspec_config(
 
 def _log_choice(kvspec: KVSpecConfig) -> None:
     head = kvspec.head_config
-    described = NO_HEAD if head is None else (
-        f"head={kvspec.model} context={head.context} target_kv_layers={head.target_kv_layer_ids} "
-        f"block={head.draft_block_size}"
+    described = (
+        NO_HEAD
+        if head is None
+        else (
+            f"head={kvspec.model} context={head.context} target_kv_layers={head.target_kv_layer_ids} "
+            f"block={head.draft_block_size}"
+        )
     )
     logger.info(
         "kvspec %s: target=%s %s tree=%s nodes=%d draft_noise=%s drafter=%s budget=%s",
