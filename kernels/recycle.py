@@ -152,7 +152,8 @@ def recycle_update(
     """Learn the successors of each row; see `reference_recycle.recycle_update`. Two launches.
 
     token and log_prob int64 and fp32 ``[L, W]`` contiguous; input_ids, idx_mapping, local_pos int; positions and
-    logits_indices int64; parent int32 ``[R, N1]`` and text int32 ``[R, Lmax]`` with contiguous rows; owner int64 ``[R]``.
+    logits_indices int64; parent int32 ``[R, N1]`` and text int32 ``[R, Lmax]`` with contiguous rows; owner int64
+    ``[R]``.
     """
     num_rows = len(logits_indices)
     if num_rows == 0:

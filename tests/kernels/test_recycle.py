@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trees without a head: the twins do what they say, and the kernels and the CPU engine's compiled versions equal them."""
+"""Trees without a head: the twins do what they say; the kernels and the CPU engine's compiled versions equal them."""
 
 import math
 from types import SimpleNamespace

@@ -27,6 +27,15 @@ logger = init_logger("vllm.kvspec.budget")
 
 # Fewer accepted tokens than this, per draft of the first so many, is no acceptance to speak of.
 LEAST_ACCEPTED, WATCHED_DRAFTS = 0.1, 200
+WITH_HEAD = (
+    "Likely causes: the head was trained for other weights of this target (another fine-tune, quantised), with another "
+    "chat template or thinking mode, or on other text (language, domain). `vllm-kvspec eval` measures a head on your "
+    "text, `vllm-kvspec train` makes one for it."
+)
+WITHOUT_HEAD = (
+    "Little of this text repeats what the target or the prompts said before; a head trained for the target does not "
+    "depend on that: `vllm-kvspec prepare` and `vllm-kvspec train` make one."
+)
 
 
 def create_budget(vllm_config) -> NodeBudget:
@@ -90,14 +99,13 @@ class WatchesAcceptance:
             self._drafts += 1
             self._accepted += num_accepted_tokens
             if self._drafts == WATCHED_DRAFTS and self._accepted < LEAST_ACCEPTED * WATCHED_DRAFTS:
+                without_head = self.vllm_config.speculative_config.head_config is None
                 logger.warning(
                     "kvspec: of the first %d drafts only %d tokens were accepted. The text is right, but drafting "
-                    "costs time for nothing. Likely causes: the head was trained for other weights of this target "
-                    "(another fine-tune, quantised), with another chat template or thinking mode, or on other text "
-                    "(language, domain). `vllm-kvspec eval` measures a head on your text, `vllm-kvspec train` makes "
-                    "one for it.",
+                    "costs time for nothing. %s",
                     self._drafts,
                     self._accepted,
+                    WITHOUT_HEAD if without_head else WITH_HEAD,
                 )
         return super().make_spec_decoding_stats(
             spec_decoding_stats, num_draft_tokens, num_accepted_tokens, *args, **kwargs
