@@ -104,9 +104,9 @@ def recycle_update(
     request, node = idx_mapping.long(), local_pos.long()
     last = input_ids[logits_indices].long()
     above = (rows - node + parent[request, node]).clamp(min=0)
-    position = positions[logits_indices]
-    earlier = torch.where(position > 0, text[request, (position - 1).clamp(min=0)].long(), -1)
-    pair = torch.where(node > 0, last[above], earlier)
+    is_root = (node == 0) & (positions[logits_indices] > 0)
+    earlier = text[request, torch.where(is_root, positions[logits_indices] - 1, 0)].long()
+    pair = torch.where(node > 0, last[above], torch.where(is_root, earlier, -1))
     for before in (torch.full_like(last, -1), pair):
         slot = slot_of(owner[request], before, last, len(table.owner))
         valid = (before >= 0) | (before is not pair)

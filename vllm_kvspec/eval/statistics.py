@@ -145,4 +145,5 @@ def summarise_runs(accepted: list[list[int]], block: int, seed: int = 0) -> Acce
         sums.append(drafts | {"right": none, "right_next": none, "right_fresh": none})
     found = _summary(sums, seed)
     short = {name: value[:block] for name, value in vars(found).items() if isinstance(value, list)}
-    return replace(found, **short)
+    # No depth is comparable with the first: the drafts that went deep are others.
+    return replace(found, **short, retention=float("nan"), retention_se=float("nan"))
