@@ -26,12 +26,12 @@ LONGEST = 8
 POSITION_BITS = 27
 # How far a source is believed: a table's probabilities by the kind of their key, two tokens, one, or another place's;
 # 1 - exp(-MATCH_RATE * n) after n tokens of the text that agree; of several places by exp(LENGTH_RATE * n).
-PAIR_TRUST, TOKEN_TRUST, GUESS_TRUST = 0.9, 0.6, 0.5
+PAIR_TRUST, TOKEN_TRUST, GUESS_TRUST = 0.98, 0.8, 0.5
 MATCH_RATE, LENGTH_RATE = 0.29, 1.1
 # The least that is left for tokens which no source knows.
 REST = 0.02
 # Greedy decoding takes the best token, surer than its probability says: see ``reference_candidates.ranking_scale``.
-GREEDY_SCALE = 0.5
+GREEDY_SCALE = 1.0
 
 
 class RecycleTable(NamedTuple):
