@@ -140,7 +140,7 @@ def init_from_target(head: KVSpecDraftModel, target: PreTrainedModel) -> None:
     if not names:
         return
     module, lm_head = getattr(target.base_model, names[0]), target.get_output_embeddings().weight.float()
-    norm = norm_scale(module, head.norm.weight.to(target.dtype)).float()
+    norm = norm_scale(module, head.norm.weight.to(target.device, target.dtype)).float()
     spread = (lm_head.square() @ norm.square()).mean().sqrt()
     head.norm.weight.copy_(norm / spread.clamp(min=1))
     if head.config.context == "hybrid":
