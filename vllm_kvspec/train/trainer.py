@@ -148,7 +148,7 @@ def init_from_target(head: KVSpecDraftModel, target: PreTrainedModel) -> None:
         # Gemma's are scaled as they are looked up.
         embeds = embedding.weight.float() * getattr(embedding, "embed_scale", 1.0)
         ratio = norm.square().mean().sqrt() / embeds.square().mean().sqrt()
-        head.context_proj.weight[:, : head.config.hidden_size] *= ratio.clamp(min=1)
+        head.context_proj.weight[:, : head.config.hidden_size] *= ratio.clamp(min=1).to(head.device)
 
 
 def norm_scale(norm: torch.nn.Module, like: torch.Tensor) -> torch.Tensor:
