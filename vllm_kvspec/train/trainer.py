@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel, Trainer
 
-from vllm_kvspec.models.draft_head import KVSpecDraftModel
-from vllm_kvspec.models.target import head_logits, view_target
+from vllm_kvspec.models.draft_head import KVSpecDraftModel, Previous
+from vllm_kvspec.models.target import head_logits, row_logits, view_target
 from vllm_kvspec.train.losses import row_losses
 from vllm_kvspec.train.target_cache import unpack
 
@@ -87,10 +87,10 @@ def head_loss(
             index = torch.searchsorted(draft_ids, labels).clamp(max=len(draft_ids) - 1)
             labels, in_text = index, in_text & (draft_ids[index] == labels)
     inputs = positions if config.drafting == "autoregressive" else base[..., None]
-    hidden, bias = head(view, base, view.embeds[rows, inputs], previous=input_ids[rows, positions])
-    losses, counted = row_losses(
-        head_logits(target, hidden, draft_ids) + bias, teacher, labels, in_text, settings.loss_fn
-    )
+    previous = Previous(input_ids[rows, positions], view.embeds[rows, positions])
+    hidden, transition = head(view, base, view.embeds[rows, inputs], previous)
+    logits = row_logits(target, hidden, transition, config, draft_ids)
+    losses, counted = row_losses(logits, teacher, labels, in_text, settings.loss_fn)
     depth = torch.arange(config.draft_block_size, device=base.device)
     weight = (valid & counted) * torch.exp(-depth / settings.depth_decay)
     return (weight * losses).sum() / weight.sum().clamp(min=1e-6)

@@ -72,9 +72,9 @@ class KVSpecSpeculator(DraftModelSpeculator):
         self.rejection_sampler = rejection_sampler
 
     @torch.inference_mode()
-    def target_weights_changed(self) -> None:
-        """The target was given other weights in place."""
-        self.drafter.logits.refresh()
+    def weights_changed(self) -> None:
+        """The target or the head was given other weights in place."""
+        self.drafter.weights_changed()
 
     def release_target_kv(self) -> None:
         """Keep no KV cache alive: a new one is about to be allocated."""
