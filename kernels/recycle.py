@@ -31,7 +31,6 @@ GUESS_TRUST = tl.constexpr(reference.GUESS_TRUST)
 MATCH_RATE = tl.constexpr(reference.MATCH_RATE)
 LENGTH_RATE = tl.constexpr(reference.LENGTH_RATE)
 REST = tl.constexpr(reference.REST)
-GREEDY_SCALE = tl.constexpr(reference.GREEDY_SCALE)
 # Positions of a text that one program compares, and matches of blocks that are merged at once.
 MATCH_BLOCK, MERGE_BLOCK = 2048, 256
 
@@ -312,7 +311,7 @@ def _tree_kernel(
     seed = tl.load(seed_ptr + b)
     is_chain = tl.load(chain_ptr + b) != 0
     is_noisy = temperature > 0.0
-    scale = tl.where(is_noisy, temperature, GREEDY_SCALE)
+    scale = tl.where(is_noisy, temperature, 1.0)
 
     lane = tl.arange(0, LANES)
     of_table = lane < WIDTH

@@ -93,6 +93,7 @@ def expand(
     transition_out: torch.Tensor | None,
     *,
     levels: Sequence[Level],
+    gate: torch.Tensor | None = None,
     **options,
 ) -> Candidates:
     """Expand logits [B, G, Vd] that all nodes of a depth share, one ``tree_level`` call per level."""
@@ -105,9 +106,10 @@ def expand(
     parents, offset = root_parents(anchor), 0
     for depth, level in enumerate(levels):
         logits = depth_logits[:, depth, None].expand(-1, level.num_parents, -1)
+        here = None if gate is None else gate[:, depth, None].expand(-1, level.num_parents, -1)
         parents = tree_level(
             logits, parents, transition_in, transition_out,
-            level=level, depth=depth, candidates=candidates, offset=offset, **options,
+            level=level, depth=depth, gate=here, candidates=candidates, offset=offset, **options,
         )  # fmt: skip
         offset += level.num_parents * level.width
     return candidates
@@ -128,6 +130,7 @@ def tree_candidates(
     greedy_scale: float,
     chain: torch.Tensor | None = None,
     draft_ids: torch.Tensor | None = None,
+    gate: torch.Tensor | None = None,
 ) -> Candidates:
     """Candidates of a tree per request from one pass of a head: see ``tree_level`` for what happens at each depth.
 
@@ -146,6 +149,7 @@ def tree_candidates(
         chain: int or bool ``[R]``, nonzero for requests that want a chain: all but the first candidate of a level get
             score -inf.
         draft_ids: int64 ``[Vd]``, target token of each entry of the head's vocabulary; None when they are equal.
+        gate: ``[B, G, r]``, what rows of ``transition_in`` are multiplied by at each depth, in their dtype; or None.
 
     Returns:
         Candidates in level order, within a level by parent, children of one parent by score.
@@ -158,7 +162,7 @@ def tree_candidates(
     return expand_tree(
         depth_logits, anchor, transition_in, transition_out, noise,
         ranking_scale(temperature[idx_mapping], coupled, greedy_scale),
-        levels=levels, chain=None if chain is None else chain[idx_mapping] != 0, draft_ids=draft_ids,
+        levels=levels, chain=None if chain is None else chain[idx_mapping] != 0, draft_ids=draft_ids, gate=gate,
     )  # fmt: skip
 
 
@@ -173,6 +177,7 @@ def expand_tree(
     levels: Sequence[Level],
     chain: torch.Tensor | None = None,
     draft_ids: torch.Tensor | None = None,
+    gate: torch.Tensor | None = None,
 ) -> Candidates:
     """``tree_candidates`` with ``noise`` [B, G, Vd], ``scale`` [B] (None: none, 1) and ``chain`` bool [B] given."""
 
@@ -181,7 +186,7 @@ def expand_tree(
 
     return expand(
         given_level, depth_logits, anchor, transition_in, transition_out,
-        levels=levels, chain=chain, draft_ids=draft_ids,
+        levels=levels, chain=chain, draft_ids=draft_ids, gate=gate,
     )  # fmt: skip
 
 
@@ -209,21 +214,24 @@ def tree_level(
     greedy_scale: float,
     chain: torch.Tensor | None = None,
     draft_ids: torch.Tensor | None = None,
+    gate: torch.Tensor | None = None,
     candidates: Candidates,
     offset: int,
 ) -> Parents | None:
     """Write the candidates of one level and return the next level's parents (None when ``level.num_next`` is 0).
 
-    A child v of a parent gets the parent's score plus the log-softmax over v of ``(logits[v] + transition_in[parent
-    token] . transition_out[v] + noise[v]) / scale``; each parent keeps its ``level.width`` best. With ``coupled`` and a
-    temperature above 0, noise is the temperature times the Gumbel noise that the target will draw at position
-    ``base + depth`` for the child's target token (see ``gumbel_noise``). For scale see ``ranking_scale``. Of children
-    with equal scores the one with the lowest entry comes first in the kernel; the twin leaves it to torch.
+    A child v of a parent gets the parent's score plus the log-softmax over v of ``(logits[v] + (transition_in[parent
+    token] * gate) . transition_out[v] + noise[v]) / scale``; each parent keeps its ``level.width`` best.
+    With ``coupled`` and a temperature above 0, noise is the temperature times the Gumbel noise that the target will
+    draw at position ``base + depth`` for the child's target token (see ``gumbel_noise``). For scale see
+    ``ranking_scale``. Of children with equal scores the one with the lowest entry comes first in the kernel; the twin
+    leaves it to torch.
 
     Args:
         logits: ``[B, P, Vd]`` per parent; stride 0 over P when all parents of a request share them.
         parents: P of them.
         depth: of the parents, 0 for the root.
+        gate: ``[B, P, r]`` per parent, or None for 1; stride 0 over P when all parents of a request share it.
         candidates: written at ``[:, offset : offset + P * width]``.
         others: as in ``tree_candidates``.
 
@@ -233,7 +241,7 @@ def tree_level(
     return expand_level(
         logits, parents, transition_in, transition_out, None if noise is None else noise[:, 0],
         ranking_scale(temperature[idx_mapping], coupled, greedy_scale),
-        level=level, chain=None if chain is None else chain[idx_mapping] != 0, draft_ids=draft_ids,
+        level=level, chain=None if chain is None else chain[idx_mapping] != 0, draft_ids=draft_ids, gate=gate,
         candidates=candidates, offset=offset,
     )  # fmt: skip
 
@@ -249,6 +257,7 @@ def expand_level(
     level: Level,
     chain: torch.Tensor | None = None,
     draft_ids: torch.Tensor | None = None,
+    gate: torch.Tensor | None = None,
     candidates: Candidates,
     offset: int,
 ) -> Parents | None:
@@ -256,7 +265,9 @@ def expand_level(
     if transition_in is None:
         scores = logits.float()
     else:
-        scores = (transition_in[parents.token] @ transition_out.T).float() + logits
+        rows = transition_in[parents.token]
+        rows = rows if gate is None else rows * gate
+        scores = (rows @ transition_out.T).float() + logits
     if noise is not None:
         scores = scores + noise.unsqueeze(1)
     if scale is not None:

@@ -30,8 +30,6 @@ PAIR_TRUST, TOKEN_TRUST, GUESS_TRUST = 0.98, 0.8, 0.5
 MATCH_RATE, LENGTH_RATE = 0.29, 1.1
 # The least that is left for tokens which no source knows.
 REST = 0.02
-# Greedy decoding takes the best token, surer than its probability says: see ``reference_candidates.ranking_scale``.
-GREEDY_SCALE = 1.0
 
 
 class RecycleTable(NamedTuple):
@@ -168,7 +166,7 @@ def recycle_tree(
     lowest node, then the table before the matches. A child v of a node scores the node's score plus the log-softmax
     over all that is known of ``log p(v) / scale + noise(v)``; p mixes the sources, which is why a token that several
     name is one child, and what is left of 1 counts as one more token. With ``coupled`` and a temperature above 0 the
-    noise is the target's at ``base + depth`` of the node; the scale is the temperature, and GREEDY_SCALE when that is 0.
+    noise is the target's at ``base + depth`` of the node; the scale is the temperature, 1 when that is 0.
 
     Args:
         matches: int32 ``[B, MATCHES]`` of ``own_matches``.
@@ -251,22 +249,23 @@ class _Tree:
             children[child] = children.get(child, 0.0) + confidence * share / sum(shares)
         return children
 
-    def _recycled(self, table: RecycleTable, token: int, before: int, earlier: int):
-        """The table's successors of a token: (token, log-probability, trust)."""
-        for pair, last, trust in (
-            (before, token, PAIR_TRUST),
-            (-1, token, TOKEN_TRUST),
-            (earlier, before, GUESS_TRUST),
-        ):
-            is_guess = trust == GUESS_TRUST
-            if last < 0 or (pair < 0 and trust != TOKEN_TRUST):
-                continue
-            key = torch.tensor([self.owner]), torch.tensor([pair]), torch.tensor([last])
-            slot = int(slot_of(*key, len(table.owner)))
-            if table.owner[slot] == self.owner and table.context[slot] == context_of(*key[1:]):
-                entries = zip(table.token[slot].tolist(), table.log_prob[slot].tolist(), strict=True)
-                return [(child, lp, trust) for child, lp in entries if not (is_guess and child == token)]
+    def _recycled(self, table: RecycleTable, token: int, before: int, earlier: int) -> list[tuple[int, float, float]]:
+        """The table's successors of a token: (token, log-probability, trust). What stands in for it last are those of
+        the token before, of which this one was one."""
+        if before >= 0 and (entries := self._entries(table, before, token)):
+            return [(*entry, PAIR_TRUST) for entry in entries]
+        if entries := self._entries(table, -1, token):
+            return [(*entry, TOKEN_TRUST) for entry in entries]
+        if earlier >= 0:
+            return [(*entry, GUESS_TRUST) for entry in self._entries(table, earlier, before) if entry[0] != token]
         return []
+
+    def _entries(self, table: RecycleTable, before: int, token: int) -> list[tuple[int, float]]:
+        key = torch.tensor([self.owner]), torch.tensor([before]), torch.tensor([token])
+        slot = int(slot_of(*key, len(table.owner)))
+        if table.owner[slot] != self.owner or table.context[slot] != context_of(*key[1:]):
+            return []
+        return list(zip(table.token[slot].tolist(), table.log_prob[slot].tolist(), strict=True))
 
     def columns(self, size: int) -> tuple[list[int], list[int], list[int], list[int]]:
         """Tokens, parents, depths and ancestor masks; unused nodes continue as a chain."""
@@ -286,7 +285,7 @@ def _scores(probability, tokens, position, temperature, seed, coupled) -> list[f
     if not tokens:
         return []
     p = torch.tensor(probability, dtype=torch.float32)
-    scale = temperature if temperature > 0 else GREEDY_SCALE
+    scale = temperature if temperature > 0 else 1.0
     values = torch.cat((p, (1 - p.sum()).clamp(min=REST)[None])).log() / scale
     if coupled and temperature > 0:
         where = torch.tensor([[position]]), torch.zeros(1, dtype=torch.int64), torch.tensor(tokens)

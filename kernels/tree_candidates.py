@@ -33,22 +33,28 @@ MAX_BEAM = 8
 def _bias(
     transition_in_ptr,
     transition_out_ptr,
+    gate_ptr,
     token,
     entry,
     inside,
+    in_rows,
     stride_in,
     stride_out,
+    HAS_GATE: tl.constexpr,
     RANK: tl.constexpr,
     BLOCK_RANK: tl.constexpr,
     ROWS: tl.constexpr,
     SPLIT: tl.constexpr,
 ):
-    """transition_in[token] . transition_out[entry] as fp32 [ROWS, SPLIT]."""
+    """(transition_in[token] * gate) . transition_out[entry] as fp32 [ROWS, SPLIT]; `gate_ptr` [ROWS, 1]."""
     bias = tl.zeros([ROWS, SPLIT], tl.float32)
     for k0 in range(0, RANK, BLOCK_RANK):
         k = k0 + tl.arange(0, BLOCK_RANK)
         in_rank = k < RANK
         rows = tl.load(transition_in_ptr + token[:, None] * stride_in + k[None, :], mask=in_rank[None, :], other=0.0)
+        if HAS_GATE:
+            gate = tl.load(gate_ptr + k[None, :], mask=in_rows[:, None] & in_rank[None, :], other=0.0)
+            rows = (rows.to(tl.float32) * gate.to(tl.float32)).to(rows.dtype)
         columns = tl.load(
             transition_out_ptr + entry[None, :].to(tl.int64) * stride_out + k[:, None],
             mask=inside[None, :] & in_rank[:, None],
@@ -65,6 +71,7 @@ def _child_scores_kernel(
     parent_token_ptr,
     transition_in_ptr,
     transition_out_ptr,
+    gate_ptr,
     draft_ids_ptr,
     base_ptr,
     idx_mapping_ptr,
@@ -78,6 +85,8 @@ def _child_scores_kernel(
     stride_logits_v,
     stride_in,
     stride_out,
+    stride_gate_b,
+    stride_gate_p,
     batch,
     num_parents,
     depth,
@@ -87,6 +96,7 @@ def _child_scores_kernel(
     COUPLED: tl.constexpr,
     SHARED_LOGITS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_GATE: tl.constexpr,
     HAS_DRAFT_IDS: tl.constexpr,
     RANK: tl.constexpr,
     BLOCK_RANK: tl.constexpr,
@@ -139,9 +149,12 @@ def _child_scores_kernel(
         score += tl.load(logits_ptr + offset, mask=in_rows[:, None] & inside[None, :], other=0.0).to(tl.float32)
     if HAS_BIAS:
         token = tl.load(parent_token_ptr + flat_row, mask=in_rows, other=0)
+        gates = gate_ptr
+        if HAS_GATE:
+            gates += (request.to(tl.int64) * stride_gate_b + parent.to(tl.int64) * stride_gate_p)[:, None]
         score += _bias(
-            transition_in_ptr, transition_out_ptr, token, entry, inside, stride_in, stride_out, RANK, BLOCK_RANK, ROWS,
-            SPLIT,
+            transition_in_ptr, transition_out_ptr, gates, token, entry, inside, in_rows, stride_in, stride_out,
+            HAS_GATE, RANK, BLOCK_RANK, ROWS, SPLIT,
         )  # fmt: skip
     score *= tl.reshape(tl.broadcast_to(inverse_scale[:, None], [REQUESTS, PARENTS]), [ROWS])[:, None]
     # NaN counts as -inf: the comparisons below must not meet it.
@@ -297,6 +310,7 @@ def tree_level(
     greedy_scale: float,
     chain: torch.Tensor | None = None,
     draft_ids: torch.Tensor | None = None,
+    gate: torch.Tensor | None = None,
     candidates: Candidates,
     offset: int,
 ) -> Parents | None:
@@ -304,11 +318,13 @@ def tree_level(
 
     logits ``[B, P, Vd]``; parents ``[B, P]`` and candidates ``[B, M]`` contiguous; transition_in ``[V, r]`` and
     transition_out ``[Vd, r]`` with contiguous rows; base and idx_mapping int ``[B]``; temperature fp32, seeds int64 and
-    chain int or bool ``[R]``; draft_ids int64 ``[Vd]``. Raises ValueError when more than 8 parents are to be ranked.
+    chain int or bool ``[R]``; draft_ids int64 ``[Vd]``; gate ``[B, P, r]`` with stride 1 in r, or None. Raises
+    ValueError when more than 8 parents are to be ranked.
     """
     batch, num_parents, num_entries = logits.shape
     _check_level(level, num_parents)
     has_bias = transition_in is not None and transition_in.shape[1] > 0
+    has_gate = has_bias and gate is not None
     shared_logits = logits.stride(1) == 0 or num_parents == 1
     # Without a bias, parents that share logits have the same children: one row serves them all.
     num_rows = 1 if shared_logits and not has_bias else num_parents
@@ -331,6 +347,7 @@ def tree_level(
             parents.token,
             transition_in,
             transition_out,
+            gate,
             draft_ids,
             base,
             idx_mapping,
@@ -344,6 +361,8 @@ def tree_level(
             logits.stride(2),
             transition_in.stride(0) if has_bias else 0,
             transition_out.stride(0) if has_bias else 0,
+            gate.stride(0) if has_gate else 0,
+            gate.stride(1) if has_gate else 0,
             batch,
             num_rows,
             depth,
@@ -353,6 +372,7 @@ def tree_level(
             COUPLED=coupled,
             SHARED_LOGITS=shared_logits,
             HAS_BIAS=has_bias,
+            HAS_GATE=has_gate,
             HAS_DRAFT_IDS=draft_ids is not None,
             RANK=transition_in.shape[1] if has_bias else 0,
             WIDTH=level.width,
@@ -418,14 +438,16 @@ def tree_candidates(
     greedy_scale: float,
     chain: torch.Tensor | None = None,
     draft_ids: torch.Tensor | None = None,
+    gate: torch.Tensor | None = None,
 ) -> Candidates:
     """Candidates of a tree per request from one pass of a head; see `reference_candidates.tree_candidates`.
 
     depth_logits ``[B, G, Vd]`` of any float dtype and strides, anchor int64 ``[B]``, levels from ``plan_levels`` or a
-    fixed shape, everything else as in `tree_level`. Returns score fp32, token int64, parent int32 ``[B, M]``.
+    fixed shape, gate ``[B, G, r]`` or None, everything else as in `tree_level`. Returns score fp32, token int64, parent
+    int32 ``[B, M]``.
     """
     return expand(
         tree_level, depth_logits, anchor, transition_in, transition_out,
         levels=levels, base=base, idx_mapping=idx_mapping, temperature=temperature, seeds=seeds, coupled=coupled,
-        greedy_scale=greedy_scale, chain=chain, draft_ids=draft_ids,
+        greedy_scale=greedy_scale, chain=chain, draft_ids=draft_ids, gate=gate,
     )  # fmt: skip

@@ -59,6 +59,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def _poison_allocations() -> None:
+    # torch.device(...) as a context acts on the functions that this list names, and the list is made at its first use:
+    # our replacements would not be on it, but what they call would not be either.
+    importlib.import_module("torch.utils._device")._device_constructors()
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
         setattr(owner, name, _poisoned(getattr(owner, name)))
 

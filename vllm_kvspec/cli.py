@@ -41,6 +41,7 @@ def _init(args: argparse.Namespace) -> None:
         draft_block_size=args.draft_block_size,
         num_hidden_layers=args.num_layers,
         target_kv_layer_ids=args.target_kv_layer_ids,
+        transition=args.transition,
         transition_rank=args.transition_rank,
     )
     print(f"Wrote an untrained head to {directory}.")
@@ -54,7 +55,8 @@ def _add_init(commands) -> None:
     parser.add_argument("--draft_block_size", type=int, default=8)
     parser.add_argument("--num_layers", type=int, default=3)
     parser.add_argument("--target_kv_layer_ids", type=int, nargs="+", help="one target layer per head layer")
-    parser.add_argument("--transition_rank", type=int, default=64)
+    parser.add_argument("--transition", choices=["tied", "table"], default="tied")
+    parser.add_argument("--transition_rank", type=int, default=256)
     parser.add_argument("--seed", type=int, default=0)
     parser.set_defaults(run=_init)
 

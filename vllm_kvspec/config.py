@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig
 from vllm_kvspec.rope import is_per_layer_type, layer_types, rope_parameters
 
 CONTEXTS = ("hidden", "kv", "hybrid")
+TRANSITIONS = ("table", "tied")
 FUSIONS = ("direct", "concat", "projection", "projection_rope", "gated")
 DRAFTINGS = ("block", "autoregressive")
 # Written beside our own keys, so that tools which know the speculators format can read the checkpoint. All are derived.
@@ -44,11 +45,13 @@ class KVSpecDraftConfig(PreTrainedConfig):
     ``drafting`` says how a block of ``draft_block_size`` positions is scored: ``"block"`` (one pass, learned inputs
     after the anchor) or ``"autoregressive"`` (row d's input is the token at ``base + d``).
 
-    ``transition_rank`` 0 means no transition bias. ``draft_vocab_size`` below ``vocab_size`` means that the head scores
-    a part of the vocabulary. ``greedy_scale`` divides the head's logits when a tree for greedy decoding is ranked
-    (``tree.ranking_scale``). Everything that shapes queries, keys and values equals the target's: ``rope_parameters``,
-    or where it is not one for all layers ``layer_rope_parameters``, one entry per head layer, null for a layer without
-    rotary positions; ``rope_interleaved`` says that the pairs of a rotation are neighbours.
+    ``transition`` says what makes a row's logits depend on the token before: ``"table"`` (a learned row of rank
+    ``transition_rank`` per token) or ``"tied"`` (rows made of the target's embedding and LM head, times a gate of the
+    row's hidden state); ``transition_rank`` 0 means no such bias. ``draft_vocab_size`` below ``vocab_size`` means that
+    the head scores a part of the vocabulary. ``greedy_scale`` divides the head's logits when a tree for greedy decoding
+    is ranked (``tree.ranking_scale``). Everything that shapes queries, keys and values equals the target's:
+    ``rope_parameters``, or where it is not one for all layers ``layer_rope_parameters``, one entry per head layer, null
+    for a layer without rotary positions; ``rope_interleaved`` says that the pairs of a rotation are neighbours.
 
     Raises ValueError for shapes that no head can have.
     """
@@ -74,6 +77,7 @@ class KVSpecDraftConfig(PreTrainedConfig):
     rope_interleaved: bool = False
     qk_norm: bool = True
     attention_bias: bool = False
+    transition: str = "table"
     transition_rank: int = 64
     greedy_scale: float = 0.5
     vocab_size: int = 256
@@ -106,12 +110,18 @@ class KVSpecDraftConfig(PreTrainedConfig):
         """Whether a row's input needs the head's own output of the row before."""
         return self.drafting == "autoregressive" and self.context != "kv"
 
+    @property
+    def has_tied_transition(self) -> bool:
+        """Whether a row's hidden state gates what the token before it adds."""
+        return self.transition == "tied" and self.transition_rank > 0
+
     def layer_rope(self, layer: int) -> dict[str, Any] | None:
         """RoPE parameters of a head layer's rows: those of the keys it reads; None for no rotation."""
         return self.rope_parameters if self.layer_rope_parameters is None else self.layer_rope_parameters[layer]
 
     def _check(self) -> None:
-        for key, values in (("context", CONTEXTS), ("fusion", FUSIONS), ("drafting", DRAFTINGS)):
+        chosen = (("context", CONTEXTS), ("fusion", FUSIONS), ("drafting", DRAFTINGS), ("transition", TRANSITIONS))
+        for key, values in chosen:
             if getattr(self, key) not in values:
                 raise ValueError(f"{key} must be one of {list(values)}, got {getattr(self, key)!r}; use one of these.")
         if self.draft_block_size < 1:

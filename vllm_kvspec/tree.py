@@ -124,6 +124,7 @@ def expand_tree(
     width: int,
     num_nodes: int | None = None,
     chain: torch.Tensor | None = None,
+    gate: torch.Tensor | None = None,
 ) -> Candidates:
     """Candidates of a tree in torch: the best ``width`` children of the best ``beam`` nodes of each level.
 
@@ -134,6 +135,7 @@ def expand_tree(
     scale: [B] fp32, see ``ranking_scale``, or None for 1.
     num_nodes: nodes of the tree they are for, or None: see ``plan_levels``.
     chain: [B] bool, rows that want a chain: all but the greedy path gets score -inf. None for no such row.
+    gate: [B, G, r], what the rows of transition_in are multiplied by at each depth, or None.
 
     Returns score [B, M] fp32 (cumulative log-probability), token [B, M] int64 and parent [B, M] int32 (index of the
     parent among the M candidates, -1 for the root), in level order.
@@ -141,5 +143,6 @@ def expand_tree(
 
     levels = plan_levels(depth_logits.shape[1], beam, width, num_nodes)
     return reference_candidates.expand_tree(
-        depth_logits, anchor, transition_in, transition_out, noise, scale, levels=levels, chain=chain
-    )
+        depth_logits, anchor, transition_in, transition_out, noise, scale, levels=levels, chain=chain,
+        gate=gate,
+    )  # fmt: skip

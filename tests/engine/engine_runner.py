@@ -46,6 +46,8 @@ ENGINE_DEFAULTS = {
     "disable_log_stats": False,
     "enable_prefix_caching": True,
     "async_scheduling": False,
+    # Several engines share a GPU; without one this is a share of the machine's memory, which is not asked for.
+    **({"gpu_memory_utilization": 0.1} if torch.cuda.is_available() else {}),
 }
 
 
@@ -118,7 +120,14 @@ def force_async_scheduling() -> None:
     platform.check_and_update_config = classmethod(check_and_update_config)
 
 
-def run_script(job: dict, directory: Path, *, multiprocessing: bool = False, path: Path | None = None) -> dict:
+def run_script(
+    job: dict,
+    directory: Path,
+    *,
+    multiprocessing: bool = False,
+    path: Path | None = None,
+    environment: dict[str, str] | None = None,
+) -> dict:
     """This file in a process of its own; fails with the end of its output. ``path``: where it finds more."""
     (directory / "job.json").write_text(json.dumps(job))
     done = subprocess.run(
@@ -126,7 +135,10 @@ def run_script(job: dict, directory: Path, *, multiprocessing: bool = False, pat
         cwd=directory,
         env={
             **os.environ,
-            "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *([str(path)] if path else [])]),
+            "PYTHONPATH": os.pathsep.join(
+                filter(None, [str(Path(__file__).parent), path and str(path), os.environ.get("PYTHONPATH")])
+            ),
+            **(environment or {}),
             "VLLM_ENABLE_V1_MULTIPROCESSING": "1" if multiprocessing else "0",
         },
         capture_output=True,

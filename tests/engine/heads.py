@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Heads of other kinds that accept something without any training: the bundled one with parts taken away."""
+"""Heads of other kinds that accept something untrained: the bundled one with parts taken away or replaced."""
 
 from pathlib import Path
 
@@ -19,7 +19,11 @@ def write_head(directory: Path, **fields) -> str:
     if head.draft_token_ids is not None:
         ids = torch.arange(0, config.vocab_size, 2)[: head.config.draft_vocab_size]
         head.set_draft_vocabulary(ids)
-        tensors["transition_out.weight"] = tensors["transition_out.weight"][ids]
+        if "transition_out.weight" in head.state_dict():
+            tensors["transition_out.weight"] = tensors["transition_out.weight"][ids]
     head.load_state_dict(tensors, strict=False)
+    if head.config.has_tied_transition:
+        torch.manual_seed(0)
+        torch.nn.init.normal_(head.transition_hidden.weight, std=0.1)
     head.save_pretrained(directory)
     return str(directory)

@@ -10,7 +10,8 @@ import json
 
 import pytest
 import torch
-from engine_runner import HEAD, ROOT, TARGET, generate, spec_counters
+from engine_runner import ROOT, TARGET, generate, spec_counters
+from heads import write_head
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from vllm_kvspec.eval.acceptance import evaluate
@@ -19,6 +20,9 @@ from vllm_kvspec.eval.texts import Text, write_texts
 from vllm_kvspec.models.draft_head import KVSpecDraftModel
 
 MAX_TOKENS, NUM_NODES = 40, 16
+
+
+HEADS = {"bundled": {}, "tied": dict(transition="tied", transition_rank=24)}
 
 
 @pytest.fixture(scope="module")
@@ -38,12 +42,13 @@ def texts_of(target: PreTrainedModel, length: int, temperature: float) -> list[T
     return texts
 
 
-@pytest.fixture(scope="module")
-def offline(target):
-    """The texts, and the acceptance over them."""
-    head = KVSpecDraftModel.from_pretrained(HEAD, dtype=torch.float32).eval()
+@pytest.fixture(scope="module", params=HEADS)
+def offline(request, target, tmp_path_factory):
+    """The head, the texts, and the acceptance over them."""
+    path = write_head(tmp_path_factory.mktemp(request.param), **HEADS[request.param])
+    head = KVSpecDraftModel.from_pretrained(path, dtype=torch.float32).eval()
     texts = texts_of(target, MAX_TOKENS + head.config.draft_block_size - 1, temperature=0.0)
-    return texts, evaluate(head, target, texts, [NUM_NODES], temperature=0.0, beam=8, width=4)[0]
+    return path, texts, evaluate(head, target, texts, [NUM_NODES], temperature=0.0, beam=8, width=4)[0]
 
 
 def served(make_engine, spec_config: dict, texts: list[Text], temperature: float = 0.0, **arguments) -> dict:
@@ -60,9 +65,9 @@ def served(make_engine, spec_config: dict, texts: list[Text], temperature: float
 
 @pytest.mark.parametrize("tree", ["chain", str(NUM_NODES)])
 def test_the_engine_drafts_and_accepts_what_was_predicted(offline, make_engine, spec, tree):
-    texts, predicted = offline
+    head, texts, predicted = offline
     keys = {"tree": "chain", "num_speculative_tokens": 8} if tree == "chain" else {"num_speculative_tokens": NUM_NODES}
-    counters = served(make_engine, spec(**keys), texts)
+    counters = served(make_engine, spec(model=head, **keys), texts)
     acceptance = predicted[tree]
     print(f"{tree}: {acceptance.drafts:.0f} drafts, tau {acceptance.tau:.3f}; engine {counters}")
     assert counters["drafts"] == acceptance.drafts > 20

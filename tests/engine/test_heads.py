@@ -21,6 +21,9 @@ from vllm_kvspec.models.create import write_untrained_head
         pytest.param(dict(drafting="autoregressive"), ("greedy", "mixed"), id="hybrid-autoregressive"),
         pytest.param(dict(transition_rank=0), ("greedy",), id="no-bias"),
         pytest.param(dict(draft_vocab_size=2048), ("sampled",), id="draft-vocabulary"),
+        pytest.param(dict(transition="tied", transition_rank=24), ("greedy", "sampled"), id="tied"),
+        pytest.param(dict(transition="tied", draft_vocab_size=2048), ("greedy",), id="tied-draft-vocabulary"),
+        pytest.param(dict(transition="tied", drafting="autoregressive"), ("greedy",), id="tied-autoregressive"),
     ],
 )
 def test_served_with_the_text_of_plain_decoding(make_engine, spec, same, reference, tmp_path, fields, names):

@@ -241,16 +241,19 @@ def candidate_variants() -> list[Variant]:
     parents = {"1": (1, True), "8 sharing logits": (8, True), "8": (8, False)}
     widths = {"4 ranked": (4, False), "8 at fixed places": (8, True), "8 of the last level": (8, False)}
     variants = []
-    for dtype, batch, (of, (p, shared)), rank, reduced, coupled, (width, (w, fixed)) in product(
+    ranks = {"0": (0, False), "96": (96, False), "256": (256, False), "256 gated": (256, True)}
+    for dtype, batch, (of, (p, shared)), (rank, (r, gated)), reduced, coupled, (width, (w, fixed)) in product(
         (torch.bfloat16, torch.float32),
         (1, 8),
         parents.items(),
-        (0, 96, 256),
+        ranks.items(),
         (False, True),
         (False, True),
         widths.items(),
     ):
-        options = dict(dtype=dtype, batch=batch, num_parents=p, shared=shared, rank=rank, width=w, fixed=fixed)
+        options = dict(
+            dtype=dtype, batch=batch, num_parents=p, shared=shared, rank=r, gated=gated, width=w, fixed=fixed
+        )
         features = {
             "dtype": str(dtype).removeprefix("torch."),
             "batch": batch,
@@ -263,7 +266,7 @@ def candidate_variants() -> list[Variant]:
     return variants
 
 
-def _tree_level(dtype, batch, num_parents, shared, rank, width, fixed, reduced, coupled) -> None:
+def _tree_level(dtype, batch, num_parents, shared, rank, gated, width, fixed, reduced, coupled) -> None:
     entries = 151936
     shape = (batch, num_parents)
     # A level of 8 ranked children serves to find a row's best tokens: none of them is a parent.
@@ -271,11 +274,12 @@ def _tree_level(dtype, batch, num_parents, shared, rank, width, fixed, reduced, 
     level = candidates.Level(num_parents, width, num_next, ints(num_parents * width) if fixed else None)
     parents = candidates.Parents(longs(*shape), torch.zeros(shape), ints(*shape))
     transition = torch.zeros(256, rank, dtype=dtype) if rank else None
+    gate = torch.zeros(batch, 1, rank, dtype=dtype).expand(-1, num_parents, -1) if gated else None
     tree_candidates.tree_level(
         torch.zeros(entries + 128, dtype=dtype).as_strided((*shape, entries), (0, 0 if shared else 16, 1)),
         parents, transition, transition, level=level, depth=3, base=longs(batch), idx_mapping=longs(batch),
         temperature=torch.zeros(256), seeds=longs(256), coupled=coupled, greedy_scale=0.5, chain=ints(256),
-        draft_ids=longs(entries) if reduced else None,
+        draft_ids=longs(entries) if reduced else None, gate=gate,
         candidates=candidates.empty_candidates(batch, [level], torch.device("cpu")), offset=0,
     )  # fmt: skip
 

@@ -23,9 +23,21 @@ EACH = pytest.mark.parametrize("implementation", IMPLEMENTATIONS.values(), ids=I
 
 
 def make_case(
-    batch=2, block=3, vocab=300, rank=24, entries=None, dtype=torch.float32, coupled=True, chains=(), seed=0
+    batch=2,
+    block=3,
+    vocab=300,
+    rank=24,
+    entries=None,
+    dtype=torch.float32,
+    coupled=True,
+    chains=(),
+    gated=False,
+    seed=0,
 ) -> SimpleNamespace:
-    """A batch with temperatures 0, 1, 0.7 and 1.6 in turn. ``entries``: size of a reduced draft vocabulary."""
+    """A batch with temperatures 0, 1, 0.7 and 1.6 in turn. ``entries``: size of a reduced draft vocabulary.
+
+    Gates are powers of two: their products are exact in every dtype.
+    """
     gen = torch.Generator().manual_seed(seed)
     ids = torch.randperm(vocab, generator=gen)[: entries or vocab].sort().values
     # Rows of a wider, padded buffer: no stride is what it would be by default. All below 0, which a masked load gives.
@@ -33,6 +45,7 @@ def make_case(
     factors = None, None
     if rank:
         factors = tuple(torch.randn(n, rank, generator=gen).mul(0.4).to(dtype) for n in (vocab, len(ids)))
+    gates = torch.tensor([-1.0, 0.0, 0.5, 2.0])[torch.randint(4, (batch, block + 1, rank + 3), generator=gen)].to(dtype)
     state = torch.randperm(batch + 2, generator=gen)[:batch]
     by_state = torch.zeros(batch + 2)
     by_state[state] = torch.tensor([TEMPERATURES[b % 4] for b in range(batch)])
@@ -49,6 +62,7 @@ def make_case(
             greedy_scale=0.4,
             chain=chain if chains else None,
             draft_ids=ids if entries else None,
+            gate=gates[:, :block, :rank] if gated else None,
         ),
         vocab=vocab,
     )
@@ -60,7 +74,8 @@ def children(case, b, depth, parent_token, logits=None):
     options = SimpleNamespace(**case.options)
     row = (depth_logits[b, depth] if logits is None else logits).double()
     if factor_in is not None:
-        row = row + factor_out.double() @ factor_in[parent_token].double()
+        gate = 1.0 if options.gate is None else options.gate[b, depth].double()
+        row = row + factor_out.double() @ (factor_in[parent_token].double() * gate)
     temperature = options.temperature[options.idx_mapping[b]].item()
     scale = temperature if temperature > 0 else options.greedy_scale
     if options.coupled and temperature > 0:
@@ -127,6 +142,8 @@ def run(implementation, case, levels, device) -> Candidates:
         pytest.param(dict(batch=4, chains=(1, 2)), (3, 8, 4), id="temperatures-and-chains"),
         pytest.param(dict(coupled=False, batch=3), (3, 8, 4), id="uncoupled"),
         pytest.param(dict(rank=96, vocab=700), (2, 5, 3), id="rank96-beam5-width3"),
+        pytest.param(dict(rank=96, vocab=700, gated=True), (3, 5, 3), id="rank96-gated"),
+        pytest.param(dict(batch=9, block=2, gated=True, entries=200), (2, 8, 8), id="two-row-tiles-gated"),
         pytest.param(dict(rank=0, vocab=513), (3, 8, 4), id="no-bias"),
         pytest.param(dict(entries=333, vocab=1000), (3, 8, 4), id="draft-vocabulary"),
         pytest.param(dict(entries=260, vocab=900, rank=0, coupled=False), (2, 4, 8), id="draft-vocabulary-no-bias"),
@@ -141,10 +158,12 @@ def test_matches_float64(device, implementation, options, plan):
     check(case, levels, run(implementation, case, levels, device))
 
 
+@pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_kernel_sums_low_precision_in_fp32(device, dtype):
+def test_kernel_sums_low_precision_in_fp32(device, dtype, gated):
     """Inputs are exact in float64, so nothing but fp32 rounding may differ; a product kept in bf16 would show."""
-    case, levels = make_case(batch=2, block=2, vocab=500, rank=48, dtype=dtype, seed=3), plan_levels(2, 8, 4)
+    case = make_case(batch=2, block=2, vocab=500, rank=48, dtype=dtype, gated=gated, seed=3)
+    levels = plan_levels(2, 8, 4)
     check(case, levels, run(tree_candidates, case, levels, device))
 
 
@@ -157,12 +176,13 @@ def test_kernel_sums_low_precision_in_fp32(device, dtype):
     width=st.integers(1, 8),
     coupled=st.booleans(),
     reduced=st.booleans(),
+    gated=st.booleans(),
     seed=st.integers(0, 999),
 )
-def test_kernel_matches_float64_anywhere(batch, vocab, rank, beam, width, coupled, reduced, seed):
+def test_kernel_matches_float64_anywhere(batch, vocab, rank, beam, width, coupled, reduced, gated, seed):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     entries = max(8, vocab // 2) if reduced else None
-    case = make_case(batch, 2, vocab, rank, entries, coupled=coupled, seed=seed)
+    case = make_case(batch, 2, vocab, rank, entries, coupled=coupled, gated=gated, seed=seed)
     levels = plan_levels(2, beam, width)
     check(case, levels, run(tree_candidates, case, levels, device))
 

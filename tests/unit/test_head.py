@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from vllm_kvspec.models.attention import KVSpecAttention
-from vllm_kvspec.models.draft_head import KVSpecDraftModel, head_config_for
+from vllm_kvspec.models.draft_head import KVSpecDraftModel, Previous, head_config_for
 from vllm_kvspec.models.drafting import draft_candidates, draft_logits
 from vllm_kvspec.models.target import head_logits, view_target
 
@@ -221,11 +221,13 @@ def test_attention_equals_a_float64_loop(served_pair):
     torch.testing.assert_close(captured["out"][0].double(), expected.flatten(1), atol=1e-5, rtol=1e-4)
 
 
-def test_a_new_head_starts_without_attention_and_without_bias():
+@pytest.mark.parametrize("transition", ["table", "tied"])
+def test_a_new_head_starts_without_attention_and_without_bias(transition):
     target = make_target()
-    head = KVSpecDraftModel(head_config_for(target.config, num_hidden_layers=2))
+    head = KVSpecDraftModel(head_config_for(target.config, num_hidden_layers=2, transition=transition))
     assert all(not layer.self_attn.o_proj.weight.any() for layer in head.layers)
-    assert not head.transition_bias(torch.arange(60)).any()
+    previous = Previous(torch.arange(60), target.get_input_embeddings().weight)
+    assert not head.transition(previous, torch.randn(60, target.config.hidden_size)).any()
     assert head.block_embedding.std() > 0
 
 
@@ -297,7 +299,7 @@ def test_previous_tokens_add_the_bias_to_one_forward(served_pair):
     torch.nn.init.normal_(head.transition_out.weight)
     ids, base = torch.randint(60, (1, 12)), torch.tensor([[3, 8]])
     previous = torch.randint(60, (1, 2, BLOCK))
-    out, bias = run(head, target, ids, base, previous=previous)
+    out, bias = run(head, target, ids, base, previous=Previous(previous, None))
     torch.testing.assert_close(out, run(head, target, ids, base))
     expected = head.transition_in.weight[previous] @ head.transition_out.weight.T
     torch.testing.assert_close(bias, expected)

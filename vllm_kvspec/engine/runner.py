@@ -104,7 +104,7 @@ class KVSpecRunnerMixin(MeasuresStepCosts):
 
     def reload_weights(self, *args, **kwargs) -> None:
         super().reload_weights(*args, **kwargs)
-        self.speculator.target_weights_changed()
+        self.speculator.weights_changed()
 
     def initialize_kv_cache(self, kv_cache_config, *args, **kwargs) -> None:
         check_groups(kv_cache_config)

@@ -54,13 +54,11 @@ class TimesSteps:
 
 
 class FollowsWeights:
-    """Put before vLLM's worker in the bases: weights of the target that arrive in a transfer reach the drafter too."""
+    """Put before vLLM's worker in the bases: weights that arrive in a transfer reach what the drafter made of them."""
 
     def finish_weight_update(self) -> None:
-        is_draft = self._weight_update_is_draft
         super().finish_weight_update()
-        if not is_draft:
-            self.model_runner.speculator.target_weights_changed()
+        self.model_runner.speculator.weights_changed()
 
 
 class KVSpecWorker(TimesSteps, FollowsWeights, Worker):

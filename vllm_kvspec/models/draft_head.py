@@ -3,8 +3,11 @@
 
 A head scores blocks of G = ``draft_block_size`` positions. Row 0 of a block is the anchor (the last sampled token, at
 position ``base``); row d predicts the token at position ``base + 1 + d``. Every row attends to a context at positions
-before ``base`` and to its own block. A low-rank transition bias makes the logits of a position depend on the token
-before it: ``lm_head(h_d) + W2 W1[previous token]``.
+before ``base`` and to its own block. A transition bias of low rank makes the logits of a position depend on the token
+x before it. ``transition: "table"``: ``lm_head(h_d) + W2 W1[x]``. ``"tied"``: ``lm_head(h_d + Q (P e(x) * (1 + U
+h_d)))`` with e(x) the target's embedding of x, normed: what a token changes depends on where it stands, rare tokens
+share what frequent ones learned, and no parameter counts tokens. It is served as tables, ``W1 = P e`` and ``W2 =
+lm_head Q``, and a gate per row.
 
 ``drafting: "block"``: one pass; rows 1.. are learned inputs, every row sees the whole block. ``"autoregressive"``: row
 d's input is the embedding of the token at ``base + d``, and it sees rows up to d.
@@ -27,15 +30,17 @@ The embedding and the LM head are the target's. They are not part of the checkpo
     layers.{i}.post_attention_layernorm.weight            [H]
     layers.{i}.mlp.{gate,up,down}_proj.weight             linear without bias
     norm.weight                                           [H]
-    transition_in.weight                                  [V, r] (W1), only with r > 0
-    transition_out.weight                                 [draft vocabulary, r] (W2), only with r > 0
+    transition_in.weight                                  [V, r] (W1), only with "table" and r > 0
+    transition_out.weight                                 [draft vocabulary, r] (W2), the same
+    transition_{token,state}.weight                       [r, H] (P and U), only with "tied" and r > 0
+    transition_hidden.weight                              [H, r] (Q), the same
     d2t, t2d                                              only with a reduced draft vocabulary: its i-th token is the
                                                           target's i + d2t[i]; t2d [V] bool marks the tokens in it
 """
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -54,6 +59,13 @@ from vllm_kvspec.rope import FULL, is_interleaved, is_per_layer_type, layer_rope
 TRANSITION_IN_STD = 0.3
 # Target layers whose KV or hidden states are used together, as in KVShot and EAGLE-3.
 NUM_SOURCES = 3
+
+
+class Previous(NamedTuple):
+    """The tokens before the predicted ones: ids int64 [...] and the target's embeddings of them [..., H]."""
+
+    tokens: torch.Tensor
+    embeds: torch.Tensor
 
 
 class KVSpecLayer(nn.Module):
@@ -93,7 +105,11 @@ class KVSpecDraftModel(PreTrainedModel):
         self.layers = nn.ModuleList(KVSpecLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = LayerRotary(config)
-        if config.transition_rank:
+        if config.transition_rank and config.transition == "tied":
+            self.transition_token = nn.Linear(config.hidden_size, config.transition_rank, bias=False)
+            self.transition_state = nn.Linear(config.hidden_size, config.transition_rank, bias=False)
+            self.transition_hidden = ZeroLinear(config.transition_rank, config.hidden_size, bias=False)
+        elif config.transition_rank:
             self.transition_in = nn.Embedding(config.vocab_size, config.transition_rank)
             self.transition_out = ZeroLinear(config.transition_rank, config.draft_vocab_size, bias=False)
         if config.draft_vocab_size < config.vocab_size:
@@ -149,20 +165,20 @@ class KVSpecDraftModel(PreTrainedModel):
         return at_positions(view.hidden, positions - 1) if self.config.context == "hybrid" else None
 
     def forward(
-        self, view: TargetView, base: torch.Tensor, row_embeds: torch.Tensor, previous: torch.Tensor | None = None
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        self, view: TargetView, base: torch.Tensor, row_embeds: torch.Tensor, previous: Previous | None = None
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]:
         """Score the blocks of A anchors in each of B sequences.
 
         ``view``: the target over the sequences. ``base`` [B, A] int64: positions of the anchors; an anchor sees what
         lies before its own. ``row_embeds`` [B, A, R, H]: the target's embeddings of the anchors (block drafting, R = 1)
         or of the tokens at ``base .. base + R - 1`` (autoregressive). Returns the normed hidden states [B, A, G or R,
-        H]; row d predicts the token at ``base + 1 + d``. With ``previous`` [B, A, G or R] int64, the true token before
-        each predicted one, also returns the transition bias of those rows (so that a training step is one forward).
+        H]; row d predicts the token at ``base + 1 + d``. With ``previous``, the true tokens before the predicted ones,
+        also returns their ``transition`` (so that a training step is one forward).
         """
         state = self._target_states(view, base)
         rows_of = self._feed_back if self.config.feeds_back else self._one_pass
         hidden = rows_of(view, base, row_embeds, state)
-        return hidden if previous is None else (hidden, self.transition_bias(previous))
+        return hidden if previous is None else (hidden, self.transition(previous, hidden))
 
     def _one_pass(self, view: TargetView, base: torch.Tensor, row_embeds: torch.Tensor, state) -> torch.Tensor:
         """All rows at once: block drafting, and autoregressive heads whose rows need no output of the row before."""
@@ -232,9 +248,24 @@ class KVSpecDraftModel(PreTrainedModel):
         last = self.layers[-1]
         return [*contexts, last.self_attn.keys_values(last.input_layernorm(hidden), rotaries[-1])]
 
-    def transition_bias(self, previous: torch.Tensor) -> torch.Tensor | float:
-        """Logit bias after the tokens ``previous`` [...] int64 -> [..., Vd]; 0 for a head without one."""
-        return self.transition_out(self.transition_in(previous)) if self.config.transition_rank else 0.0
+    def transition(self, previous: Previous, hidden: torch.Tensor) -> torch.Tensor | None:
+        """What the tokens before the rows ``hidden`` [..., H] add: "table": to the logits, [..., Vd]; "tied": to the
+        hidden states, [..., H]; None for a head without a transition bias. ``target.row_logits`` takes it."""
+        if not self.config.transition_rank:
+            return None
+        if self.config.transition == "table":
+            return self.transition_out(self.transition_in(previous.tokens))
+        return self.transition_hidden(self.token_rows(previous.embeds) * self.gate(hidden))
+
+    def token_rows(self, embeds: torch.Tensor) -> torch.Tensor:
+        """What tokens with the target's ``embeds`` [..., H] bring to a tied transition, [..., r]."""
+        embeds = embeds.to(self.transition_token.weight.dtype)
+        # Every target has embeddings of another size.
+        return self.transition_token(embeds * torch.rsqrt(embeds.square().mean(dim=-1, keepdim=True) + 1e-12))
+
+    def gate(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What rows ``hidden`` [..., H] make of it, [..., r]."""
+        return 1 + self.transition_state(hidden)
 
 
 def _context_len(contexts: list) -> int:

@@ -4,8 +4,8 @@
 import torch
 from transformers import PreTrainedModel
 
-from vllm_kvspec.models.draft_head import KVSpecDraftModel
-from vllm_kvspec.models.target import TargetView, head_logits
+from vllm_kvspec.models.draft_head import KVSpecDraftModel, Previous
+from vllm_kvspec.models.target import TargetView, head_logits, row_logits, uncapped_logits
 from vllm_kvspec.tree import expand_tree
 
 
@@ -33,8 +33,7 @@ def draft_logits(
     embed = target.get_input_embeddings()
     rows = tokens if head.config.drafting == "autoregressive" else tokens[:, :1]
     hidden = head(view, base[None], embed(rows)[None])[0]
-    logits = head_logits(target, hidden, head.draft_token_ids) + head.transition_bias(tokens)
-    return _whole_vocabulary(head, logits)
+    return _row_logits(head, target, hidden, tokens)
 
 
 def draft_candidates(
@@ -61,18 +60,43 @@ def draft_candidates(
         return _expand_paths(head, target, view, base, anchor, options)
     hidden = head(view, base[None], target.get_input_embeddings()(anchor)[None, :, None])[0]
     logits = _whole_vocabulary(head, head_logits(target, hidden, head.draft_token_ids))
-    return expand_tree(logits, anchor, *_transition(head), **options)
+    gate = head.gate(hidden) if head.config.has_tied_transition else None
+    return expand_tree(logits, anchor, *transition_factors(head, target), gate=gate, **options)
 
 
-def _transition(head: KVSpecDraftModel) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both factors of the bias over the whole vocabulary; of rank 0 for a head without one."""
+def _row_logits(head: KVSpecDraftModel, target: PreTrainedModel, hidden: torch.Tensor, tokens: torch.Tensor):
+    """Logits [..., V] of rows ``hidden`` [..., H] after the ``tokens`` int64 [...]."""
+    transition = head.transition(Previous(tokens, target.get_input_embeddings()(tokens)), hidden)
+    return _whole_vocabulary(head, row_logits(target, hidden, transition, head.config, head.draft_token_ids))
+
+
+def transition_factors(
+    head: KVSpecDraftModel, target: PreTrainedModel
+) -> tuple[torch.Tensor, torch.Tensor] | tuple[None, None]:
+    """Both factors of the bias, [V, r] each, zero outside a reduced draft vocabulary; (None, None) without a bias."""
     if not head.config.transition_rank:
-        empty = head.norm.weight.new_zeros(head.config.vocab_size, 0)
-        return empty, empty
-    out = head.transition_out.weight
+        return None, None
+    rows, out = _tied_tables(head, target) if head.config.has_tied_transition else _own_tables(head)
     if head.draft_token_ids is not None:
         out = out.new_zeros(head.config.vocab_size, out.shape[1]).index_copy(0, head.draft_token_ids, out)
-    return head.transition_in.weight, out
+    return rows, out
+
+
+def _own_tables(head: KVSpecDraftModel) -> tuple[torch.Tensor, torch.Tensor]:
+    return head.transition_in.weight, head.transition_out.weight
+
+
+@torch.no_grad()
+def _tied_tables(head: KVSpecDraftModel, target: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor]:
+    """The tables that a tied transition is served as, kept with the head as long as its weights stay the same."""
+    made_of = (head.transition_token.weight._version, head.transition_hidden.weight._version, id(target))
+    if getattr(head, "_tables", (None,))[0] != made_of:
+        every = torch.arange(head.config.vocab_size, device=target.device)
+        rows = head.token_rows(target.get_input_embeddings()(every))
+        columns = head.transition_hidden.weight.T
+        out = uncapped_logits(target, columns, head.draft_token_ids, with_bias=False).T.to(rows.dtype)
+        head._tables = (made_of, rows, out)
+    return head._tables[1:]
 
 
 def _expand_paths(head, target, view, base, anchor, options) -> tuple[torch.Tensor, ...]:
@@ -86,8 +110,7 @@ def _expand_paths(head, target, view, base, anchor, options) -> tuple[torch.Tens
         beam = paths.shape[1]
         rows = target.get_input_embeddings()(paths.flatten(0, 1))
         last = head(view, base.repeat_interleave(beam)[None], rows[None])[0, :, -1].view(anchors, beam, -1)
-        logits = head_logits(target, last, head.draft_token_ids) + head.transition_bias(paths[..., -1])
-        logits = _whole_vocabulary(head, logits)
+        logits = _row_logits(head, target, last, paths[..., -1])
         if noise is not None:
             logits = logits + noise[:, level, None]
         if scale is not None:

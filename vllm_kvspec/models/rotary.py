@@ -23,8 +23,11 @@ class RotaryEmbedding(Qwen3RotaryEmbedding):
         super().__init__(config)
 
     @staticmethod
-    def compute_default_rope_parameters(config: KVSpecDraftConfig, **kwargs) -> tuple[torch.Tensor, float]:
-        """Qwen3's, of a part of a head where the target rotates only that."""
+    def compute_default_rope_parameters(config: KVSpecDraftConfig, device=None, **kwargs) -> tuple[torch.Tensor, float]:
+        """Qwen3's, of a part of a head where the target rotates only that.
+
+        transformers 5.17 passes ``device`` by position, 5.19 not at all.
+        """
         rope = config.rope_parameters
         size = int(config.head_dim * rope.get("partial_rotary_factor", 1.0))
         return 1.0 / (rope["rope_theta"] ** (torch.arange(0, size, 2, dtype=torch.float) / size)), 1.0

@@ -69,17 +69,42 @@ def head_logits(target: PreTrainedModel, hidden: torch.Tensor, token_ids: torch.
 
     Scaled and capped as the target's own code does after its LM head.
     """
+    logits = uncapped_logits(target, hidden, token_ids)
+    # Gemma's.
+    cap = getattr(target.config.get_text_config(), "final_logit_softcapping", None)
+    return logits if not cap else cap * torch.tanh(logits / cap)
+
+
+def uncapped_logits(
+    target: PreTrainedModel, hidden: torch.Tensor, token_ids: torch.Tensor | None = None, with_bias: bool = True
+) -> torch.Tensor:
+    """``head_logits`` before the cap; without a bias of the LM head it is linear in ``hidden``."""
     lm_head, config = target.get_output_embeddings(), target.config.get_text_config()
-    weight, bias = lm_head.weight, getattr(lm_head, "bias", None)
+    weight, bias = lm_head.weight, getattr(lm_head, "bias", None) if with_bias else None
     if token_ids is not None:
         weight, bias = weight[token_ids], None if bias is None else bias[token_ids]
     logits = torch.nn.functional.linear(hidden.to(weight.dtype), weight, bias)
-    # Cohere's factor, Granite's divisor, Gemma's cap.
+    # Cohere's factor, Granite's divisor.
     scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
-    if scale != 1.0:
-        logits = logits * scale
-    cap = getattr(config, "final_logit_softcapping", None)
-    return logits if not cap else cap * torch.tanh(logits / cap)
+    return logits if scale == 1.0 else logits * scale
+
+
+def row_logits(
+    target: PreTrainedModel,
+    hidden: torch.Tensor,
+    transition: torch.Tensor | None,
+    config: KVSpecDraftConfig,
+    token_ids: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Logits [..., Vd] of a head's rows ``hidden`` [..., H] with what ``KVSpecDraftModel.transition`` says of them."""
+    if transition is None:
+        return head_logits(target, hidden, token_ids)
+    if config.transition == "table":
+        return head_logits(target, hidden, token_ids) + transition
+    if not getattr(target.config.get_text_config(), "final_logit_softcapping", None):
+        return head_logits(target, hidden + transition, token_ids)
+    # A bias is added to the capped logits.
+    return head_logits(target, hidden, token_ids) + uncapped_logits(target, transition, token_ids, with_bias=False)
 
 
 def weights_sha256(model: torch.nn.Module, per_parameter: int = 64) -> str:

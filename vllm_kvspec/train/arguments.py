@@ -68,7 +68,14 @@ class HeadArguments:
     aux_hidden_state_layer_ids: list[int] | None = field(
         default=None, metadata={"help": "target layers whose hidden states are read; default: low, middle, high"}
     )
-    transition_rank: int = field(default=64, metadata={"help": "rank of the token-transition bias; 0: none"})
+    transition: str = field(
+        default="tied",
+        metadata={
+            "help": 'how a row knows the token before it: "tied" (by the target\'s embedding and LM head, and the '
+            'row\'s hidden state) or "table" (a learned row per token)'
+        },
+    )
+    transition_rank: int = field(default=256, metadata={"help": "rank of the transition bias; 0: none"})
     draft_vocab_size: int | None = field(
         default=None, metadata={"help": "score only this many tokens, the most frequent ones of the training rows"}
     )

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel, Trainer
 
-from vllm_kvspec.models.draft_head import KVSpecDraftModel
-from vllm_kvspec.models.target import head_logits, view_target
+from vllm_kvspec.models.draft_head import KVSpecDraftModel, Previous
+from vllm_kvspec.models.target import head_logits, row_logits, view_target
 from vllm_kvspec.train.losses import row_losses
 from vllm_kvspec.train.target_cache import unpack
 
@@ -87,10 +87,10 @@ def head_loss(
             index = torch.searchsorted(draft_ids, labels).clamp(max=len(draft_ids) - 1)
             labels, in_text = index, in_text & (draft_ids[index] == labels)
     inputs = positions if config.drafting == "autoregressive" else base[..., None]
-    hidden, bias = head(view, base, view.embeds[rows, inputs], previous=input_ids[rows, positions])
-    losses, counted = row_losses(
-        head_logits(target, hidden, draft_ids) + bias, teacher, labels, in_text, settings.loss_fn
-    )
+    previous = Previous(input_ids[rows, positions], view.embeds[rows, positions])
+    hidden, transition = head(view, base, view.embeds[rows, inputs], previous)
+    logits = row_logits(target, hidden, transition, config, draft_ids)
+    losses, counted = row_losses(logits, teacher, labels, in_text, settings.loss_fn)
     depth = torch.arange(config.draft_block_size, device=base.device)
     weight = (valid & counted) * torch.exp(-depth / settings.depth_decay)
     return (weight * losses).sum() / weight.sum().clamp(min=1e-6)
@@ -140,7 +140,7 @@ def init_from_target(head: KVSpecDraftModel, target: PreTrainedModel) -> None:
     if not names:
         return
     module, lm_head = getattr(target.base_model, names[0]), target.get_output_embeddings().weight.float()
-    norm = norm_scale(module, head.norm.weight.to(target.dtype)).float()
+    norm = norm_scale(module, head.norm.weight.to(target.device, target.dtype)).float()
     spread = (lm_head.square() @ norm.square()).mean().sqrt()
     head.norm.weight.copy_(norm / spread.clamp(min=1))
     if head.config.context == "hybrid":
@@ -148,7 +148,7 @@ def init_from_target(head: KVSpecDraftModel, target: PreTrainedModel) -> None:
         # Gemma's are scaled as they are looked up.
         embeds = embedding.weight.float() * getattr(embedding, "embed_scale", 1.0)
         ratio = norm.square().mean().sqrt() / embeds.square().mean().sqrt()
-        head.context_proj.weight[:, : head.config.hidden_size] *= ratio.clamp(min=1)
+        head.context_proj.weight[:, : head.config.hidden_size] *= ratio.clamp(min=1).to(head.device)
 
 
 def norm_scale(norm: torch.nn.Module, like: torch.Tensor) -> torch.Tensor:

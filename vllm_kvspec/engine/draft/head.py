@@ -191,25 +191,25 @@ class KVSpecDraftModel(nn.Module):
         shortest = min((len(table) for table in tables if table is not None), default=max_position)
         self.last_position = shortest - 1 if shortest < max_position else None
         self.norm = RMSNorm(hidden, eps=config.rms_norm_eps)
-        if config.transition_rank:
+        if config.has_tied_transition:
+            self.transition_token = nn.Linear(hidden, config.transition_rank, bias=False)
+            self.transition_state = nn.Linear(hidden, config.transition_rank, bias=False)
+            self.transition_hidden = nn.Linear(config.transition_rank, hidden, bias=False)
+        elif config.transition_rank:
             self.transition_in = nn.Embedding(config.vocab_size, config.transition_rank)
             self.transition_out = nn.Linear(config.transition_rank, config.draft_vocab_size, bias=False)
         self._is_loaded = False
-        # Made of the loaded weights, when first needed.
-        self._packed_transition: Callable[[torch.Tensor], torch.Tensor] | None = None
         is_reduced = config.draft_vocab_size < config.vocab_size
         self.register_buffer("draft_ids", torch.arange(config.draft_vocab_size) if is_reduced else None)
 
-    @property
-    def transition(self) -> tuple:
-        """What ``ops.tree_candidates`` takes: both factors of the bias, or (None, None)."""
-        if not self.config.transition_rank:
-            return None, None
-        if not ops.USE_COMPILED:
-            return self.transition_in.weight, self.transition_out.weight
-        if self._packed_transition is None:
-            self._packed_transition = ops.fixed_linear(self.transition_out.weight)
-        return self.transition_in.weight, self._packed_transition
+    def token_rows(self, embeds: torch.Tensor) -> torch.Tensor:
+        """What tokens with the target's ``embeds`` [n, H] bring to a tied transition, [n, r]."""
+        normed = embeds.float() * torch.rsqrt(embeds.float().square().mean(dim=-1, keepdim=True) + 1e-12)
+        return self.transition_token(normed.to(self.transition_token.weight.dtype))
+
+    def gate(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What rows ``hidden`` [..., H] make of it, [..., r]."""
+        return 1 + self.transition_state(hidden)
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         """vLLM's registry asks every generation model for it; the head's embedding is the target's."""
@@ -258,7 +258,6 @@ class KVSpecDraftModel(nn.Module):
 
         Only the first call must bring all: weights may be updated in chunks (vLLM's layerwise reload).
         """
-        self._packed_transition = None
         parameters = dict(self.named_parameters())
         loaded: set[str] = set()
         parts: set[str] = set()

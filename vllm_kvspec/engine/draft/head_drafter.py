@@ -16,6 +16,7 @@ from vllm_kvspec.engine import ops
 from vllm_kvspec.engine.config.keys import TREE_BEAM, KVSpecConfig
 from vllm_kvspec.engine.draft.head import KVSpecDraftModel
 from vllm_kvspec.engine.draft.logits import DraftLogits
+from vllm_kvspec.engine.draft.transition import DraftTransition
 from vllm_kvspec.engine.target_kv import PagedLayer
 from vllm_kvspec.kernels.reference_candidates import Candidates, Level, Parents, empty_candidates, root_parents
 from vllm_kvspec.kernels.reference_draft_inputs import DraftRows
@@ -33,6 +34,7 @@ class Drafter:
         self.head = head
         self.target_model = target_model
         self.logits = DraftLogits(target_model, head)
+        self.transition = DraftTransition(target_model, head)
         self.coupled = config.draft_noise == "coupled"
         self.num_nodes = config.num_speculative_tokens
         self.parents = config.parents
@@ -57,13 +59,14 @@ class Drafter:
         for i, tensor in enumerate(tensors):
             self.head.register_buffer(f"fixed_tree_{i}", tensor, persistent=False)
 
+    def weights_changed(self) -> None:
+        """The target or the head has got other weights in place: what was made of them is made again."""
+        self.logits.refresh()
+        self.transition.refresh()
+
     def bind(self, context: list[PagedLayer], block_tables: list[torch.Tensor]) -> None:
         """``context``: one target layer per head layer. ``block_tables``: int32 [Rmax, M] per KV cache group."""
         self.context, self.block_tables = context, block_tables
-
-    def refresh(self) -> None:
-        """The target has got other weights."""
-        self.logits.refresh()
 
     def plan(self, num_nodes: int) -> list[Level]:
         """Levels of a tree of ``num_nodes`` nodes; none of them can be deeper than the tree has nodes."""
@@ -114,7 +117,8 @@ class Drafter:
         inputs = self.head.block_rows(self.target_model.embed_input_ids(rows.anchor), rows.state)
         hidden = self.head(inputs, rows.base, self.context, self.block_tables)[:, :depth]
         logits = self.logits(hidden.flatten(0, 1)).view(*hidden.shape[:2], -1)
-        return partial(ops.tree_candidates, logits, rows.anchor, *self.head.transition, **options)
+        gate = self.transition.gate(hidden)
+        return partial(ops.tree_candidates, logits, rows.anchor, *self.transition.factors, gate=gate, **options)
 
     def _path_candidates(self, rows: DraftRows, *, levels: Sequence[Level], **options) -> Candidates:
         """Level by level: each node's path from the anchor is a block of its own, over its request's context.
@@ -132,8 +136,9 @@ class Drafter:
             state = self._last_outputs(inputs, rows.base)
             logits = self.logits(state.flatten(0, 1)).view(*state.shape[:2], -1)
             parents = ops.tree_level(
-                logits, parents, *self.head.transition,
-                level=level, depth=depth, candidates=candidates, offset=offset, **options,
+                logits, parents, *self.transition.factors,
+                level=level, depth=depth, gate=self.transition.gate(state), candidates=candidates, offset=offset,
+                **options,
             )  # fmt: skip
             if parents is None:
                 break

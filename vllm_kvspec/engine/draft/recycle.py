@@ -68,8 +68,8 @@ class RecycleDrafter(nn.Module):
     def table(self) -> RecycleTable:
         return RecycleTable(self.owner, self.context, self.token, self.log_prob)
 
-    def refresh(self) -> None:
-        """The target has got other weights: the table learns them as it goes."""
+    def weights_changed(self) -> None:
+        """The table learns the target's other weights as it goes."""
 
     def add_requests(self, rows: Sequence[int], requests: Sequence) -> None:
         """New owners of the request states ``rows``."""

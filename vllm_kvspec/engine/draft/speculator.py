@@ -77,9 +77,9 @@ class KVSpecSpeculator(DraftModelSpeculator):
         self.rejection_sampler = rejection_sampler
 
     @torch.inference_mode()
-    def target_weights_changed(self) -> None:
-        """The target was given other weights in place."""
-        self.drafter.refresh()
+    def weights_changed(self) -> None:
+        """The target or the head was given other weights in place."""
+        self.drafter.weights_changed()
 
     def add_requests(self, rows: list[int], requests: list) -> None:
         """``requests`` (vLLM's NewRequestData) have got the request states ``rows``."""

@@ -125,6 +125,7 @@ def _expand_level(
     level: reference.Level,
     chain: torch.Tensor | None,
     draft_ids: torch.Tensor | None,
+    gate: torch.Tensor | None,
     candidates: reference.Candidates,
     offset: int,
 ) -> reference.Parents | None:
@@ -134,7 +135,8 @@ def _expand_level(
         logits = logits.float()
     bias = None
     if transition_in is not None:
-        rows = transition_in[parents.token].flatten(0, 1)
+        rows = transition_in[parents.token]
+        rows = (rows if gate is None else rows * gate).flatten(0, 1)
         product = rows @ transition_out.T if torch.is_tensor(transition_out) else transition_out(rows)
         bias = product.float().contiguous()
     score = torch.empty(batch, num_parents, level.width)
@@ -193,6 +195,7 @@ def tree_level(
     greedy_scale: float,
     chain: torch.Tensor | None = None,
     draft_ids: torch.Tensor | None = None,
+    gate: torch.Tensor | None = None,
     candidates: reference.Candidates,
     offset: int,
 ) -> reference.Parents | None:
@@ -203,7 +206,7 @@ def tree_level(
     )  # fmt: skip
     return _expand_level(
         logits, parents, transition_in, transition_out, None if noise is None else noise[:, 0].contiguous(), scale,
-        level=level, chain=chains, draft_ids=draft_ids, candidates=candidates, offset=offset,
+        level=level, chain=chains, draft_ids=draft_ids, gate=gate, candidates=candidates, offset=offset,
     )  # fmt: skip
 
 
@@ -222,6 +225,7 @@ def tree_candidates(
     greedy_scale: float,
     chain: torch.Tensor | None = None,
     draft_ids: torch.Tensor | None = None,
+    gate: torch.Tensor | None = None,
 ) -> reference.Candidates:
     """``reference_candidates.tree_candidates``, also with a packed ``transition_out``."""
     noise, scale, chains = _given(
@@ -235,5 +239,5 @@ def tree_candidates(
 
     return reference.expand(
         given_level, depth_logits, anchor, transition_in, transition_out,
-        levels=levels, chain=chains, draft_ids=draft_ids,
+        levels=levels, chain=chains, draft_ids=draft_ids, gate=gate,
     )  # fmt: skip

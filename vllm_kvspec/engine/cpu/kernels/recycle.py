@@ -8,7 +8,6 @@ import torch
 from vllm_kvspec.engine.cpu.kernels.compiled import BOOL, F32, I32, I64, INT, compiled, flat, integers
 from vllm_kvspec.engine.cpu.kernels.gumbel import _finish, _key, _mix, _noise
 from vllm_kvspec.kernels.reference_recycle import (
-    GREEDY_SCALE,
     GUESS_TRUST,
     LENGTH_RATE,
     LONGEST,
@@ -245,7 +244,7 @@ def _grow(
                 )  # fmt: skip
                 temperature = temperatures[b]
                 _score(
-                    child, share, score[node], temperature if temperature > _F(0) else _F(GREEDY_SCALE),
+                    child, share, score[node], temperature if temperature > _F(0) else _F(1),
                     coupled and temperature > _F(0), _key(seeds[b], base + steps, 0), frontier_score[node],
                 )  # fmt: skip
                 best, above, lane = _F(-np.inf), -1, -1
