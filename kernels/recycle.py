@@ -30,6 +30,7 @@ TOKEN_TRUST = tl.constexpr(reference.TOKEN_TRUST)
 GUESS_TRUST = tl.constexpr(reference.GUESS_TRUST)
 MATCH_RATE = tl.constexpr(reference.MATCH_RATE)
 LENGTH_RATE = tl.constexpr(reference.LENGTH_RATE)
+PLACE_RATE = tl.constexpr(reference.PLACE_RATE)
 REST = tl.constexpr(reference.REST)
 # Positions of a text that one program compares, and matches of blocks that are merged at once.
 MATCH_BLOCK, MERGE_BLOCK = 2048, 256
@@ -358,7 +359,8 @@ def _tree_kernel(
         alive_bits = tl.where(node == current, tl.sum(tl.where(alive, 1 << lane, 0), 0), alive_bits)
         followed = tl.load(text_ptr + end + d + 1, mask=alive, other=-1)
         longest = tl.max(tl.where(alive, length + d, 0), 0)
-        share = tl.where(alive, tl.exp((length + d - longest).to(tl.float32) * LENGTH_RATE), 0.0)
+        weight = (length + d - longest).to(tl.float32) * LENGTH_RATE - (lane - WIDTH).to(tl.float32) * PLACE_RATE
+        share = tl.where(alive, tl.exp(weight), 0.0)
         total = tl.sum(share, 0)
         confidence = 1.0 - tl.exp(tl.minimum(longest, LONGEST).to(tl.float32) * -MATCH_RATE)
         share = share * (confidence / tl.where(total > 0.0, total, 1.0))

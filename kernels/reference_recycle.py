@@ -25,9 +25,10 @@ MATCHES = 8
 LONGEST = 8
 POSITION_BITS = 27
 # How far a source is believed: a table's probabilities by the kind of their key, two tokens, one, or another place's;
-# 1 - exp(-MATCH_RATE * n) after n tokens of the text that agree; of several places by exp(LENGTH_RATE * n).
+# 1 - exp(-MATCH_RATE * n) after n tokens of the text that agree; of several places by exp(LENGTH_RATE * n), and by
+# exp(-PLACE_RATE) less than the one before in the order of ``own_matches``.
 PAIR_TRUST, TOKEN_TRUST, GUESS_TRUST = 0.98, 0.8, 0.5
-MATCH_RATE, LENGTH_RATE = 0.29, 1.1
+MATCH_RATE, LENGTH_RATE, PLACE_RATE = 0.29, 1.1, 0.05
 # The least that is left for tokens which no source knows.
 REST = 0.02
 
@@ -198,11 +199,12 @@ class _Tree:
     def __init__(self, text: list[int], owner: int):
         self.text, self.owner = text, owner
         self.token, self.parent, self.depth, self.score = text[-1:] or [0], [0], [0], [0.0]
-        # Of each node: the matches that its path agrees with.
-        self.alive: list[list[tuple[int, int]]] = []
+        # Of each node: the matches that its path agrees with, as (place in their order, length, end).
+        self.alive: list[list[tuple[int, int, int]]] = []
 
     def grow(self, table, matches, num_nodes, temperature, seed, chain, coupled) -> None:
-        matches = [(key >> POSITION_BITS, key & ((1 << POSITION_BITS) - 1)) for key in matches if key]
+        position = (1 << POSITION_BITS) - 1
+        matches = [(place, key >> POSITION_BITS, key & position) for place, key in enumerate(matches) if key]
         frontier: list[tuple[float, int, int]] = []
         for node in range(num_nodes):
             above = self.alive[self.parent[node]] if node else matches
@@ -232,19 +234,19 @@ class _Tree:
         path += self.text[:-1][::-1][:2]
         return tuple((path + [-1, -1])[:2])
 
-    def _children(self, table: RecycleTable, node: int, above: list[tuple[int, int]]) -> dict[int, float]:
+    def _children(self, table: RecycleTable, node: int, above: list[tuple[int, int, int]]) -> dict[int, float]:
         """Probability of each child that a source names, in order."""
         token, depth, base = self.token[node], self.depth[node], len(self.text) - 1
-        alive = [(n, end) for n, end in above if end + depth < base and self.text[end + depth] == token]
+        alive = [match for match in above if match[2] + depth < base and self.text[match[2] + depth] == token]
         self.alive.append(alive)
-        longest = max((n + depth for n, _ in alive), default=0)
+        longest = max((n + depth for _, n, _ in alive), default=0)
         confidence = 1 - math.exp(-MATCH_RATE * min(longest, LONGEST))
-        shares = [math.exp(LENGTH_RATE * (n + depth - longest)) for n, _ in alive]
+        shares = [math.exp(LENGTH_RATE * (n + depth - longest) - PLACE_RATE * place) for place, n, _ in alive]
         children: dict[int, float] = {}
         for child, log_prob, trust in self._recycled(table, token, *self._before(node)):
             if log_prob > -math.inf:
                 children[child] = children.get(child, 0.0) + (1 - confidence) * trust * math.exp(log_prob)
-        for (_, end), share in zip(alive, shares, strict=True):
+        for (_, _, end), share in zip(alive, shares, strict=True):
             child = self.text[end + depth + 1]
             children[child] = children.get(child, 0.0) + confidence * share / sum(shares)
         return children

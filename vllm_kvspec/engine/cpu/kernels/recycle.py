@@ -14,6 +14,7 @@ from vllm_kvspec.kernels.reference_recycle import (
     MATCH_RATE,
     MATCHES,
     PAIR_TRUST,
+    PLACE_RATE,
     POSITION_BITS,
     REST,
     TOKEN_TRUST,
@@ -161,7 +162,7 @@ def _followed(text, base, depth, last, matches, alive, alive_above, child, share
         if alive[i]:
             length = (matches[i] >> POSITION_BITS) + depth
             child[WIDTH + i] = np.int64(text[(matches[i] & _POSITION) + depth + 1])
-            share[WIDTH + i] = np.exp(_F(LENGTH_RATE) * _F(length - longest))
+            share[WIDTH + i] = np.exp(_F(LENGTH_RATE) * _F(length - longest) - _F(PLACE_RATE) * _F(i))
             total += share[WIDTH + i]
     confidence = _F(1) - np.exp(_F(-MATCH_RATE) * _F(min(longest, LONGEST)))
     for i in range(WIDTH):
