@@ -4,9 +4,9 @@
 Whatever the target computed for a row says what may follow that row's last two tokens: the row's best ``WIDTH`` tokens
 with their log-probabilities go into a hash table under both of them and, as a fallback, under the last alone (Token
 Recycling, arXiv 2408.08696, with longer keys and probabilities). Earlier places of the request's own text that end as
-it ends now say it too (prompt lookup), all of the best ``MATCHES`` places at once. And the others that could have stood
-in a token's place may follow it (the guess of LogitSpec: the next logits resemble the last). A tree grows best node first from
-what these say, so its first n nodes are the best tree of n nodes; a head's candidates can take part.
+it ends now say it too (prompt lookup), all of the best ``MATCHES`` places at once. And what else could have stood in a
+token's place may follow it (the guess of LogitSpec: the next logits resemble the last). A tree grows best node first
+from what these say, so its first n nodes are the best tree of n nodes; a head's candidates can take part.
 
 Words beside those of ``reference``: S = slots of the table, W = WIDTH, Lmax = columns of the text.
 """

@@ -119,13 +119,8 @@ class KVSpecConfig(SpeculativeConfig):
     graft: bool = False
     """With a head: what ``"recycle"`` would draft takes part in the head's trees, the best of both."""
     recycle_scope: Literal["salt", "request"] = "salt"
-    """For ``drafter: "recycle"`` and ``graft``: who learns from whom. ``"salt"``: requests of the same ``cache_salt``, those without
-    one among themselves. ``"request"``: nobody."""
-    budget: Literal["auto", "fixed"] = "auto"
-    """``"auto"``: at most ``num_speculative_tokens`` nodes, fewer or none when the load makes that faster. ``"fixed"``:
-    always that many. ``num_speculative_tokens_per_batch_size``, when given, wins over both."""
-    budget_costs: str | None = None
-    """For ``budget: "auto"``: a JSON table of step costs (``budget.MeasuredCosts``), used instead of timed steps."""
+    """For ``drafter: "recycle"`` and ``graft``: who learns from whom. ``"salt"``: requests of the same ``cache_salt``,
+    those without one among themselves. ``"request"``: nobody."""
     oracle_file: str | None = None
     """For ``drafter: "oracle"``: a JSON list of token id lists, each a prompt with its continuation."""
     auto_sizes: list[int] = field(default_factory=list, init=False)
@@ -226,8 +221,8 @@ class KVSpecConfig(SpeculativeConfig):
             )
         if self.graft and (parents or self.tree_width > HEAD_WIDTH or self.drafter != "head"):
             raise ValueError(
-                f'kvspec\'s graft needs drafter "head" and trees that scores choose, of tree_width at most {HEAD_WIDTH}; '
-                f"found drafter {self.drafter!r}, tree {self.tree!r}, tree_width {self.tree_width}. Leave them out."
+                f'kvspec\'s graft needs drafter "head" and trees that scores choose, of tree_width at most {HEAD_WIDTH}'
+                f"; found drafter {self.drafter!r}, tree {self.tree!r}, tree_width {self.tree_width}. Leave them out."
             )
         depth = max(depths(parents)) if parents else nodes if self.tree == "chain" else 1
         if depth > head.draft_block_size:
