@@ -121,6 +121,11 @@ class KVSpecConfig(SpeculativeConfig):
     recycle_scope: Literal["salt", "request"] = "salt"
     """For ``drafter: "recycle"`` and ``graft``: who learns from whom. ``"salt"``: requests of the same ``cache_salt``,
     those without one among themselves. ``"request"``: nobody."""
+    budget: Literal["auto", "fixed"] = "auto"
+    """``"auto"``: at most ``num_speculative_tokens`` nodes, fewer or none when the load makes that faster. ``"fixed"``:
+    always that many. ``num_speculative_tokens_per_batch_size``, when given, wins over both."""
+    budget_costs: str | None = None
+    """For ``budget: "auto"``: a JSON table of step costs (``budget.MeasuredCosts``), used instead of timed steps."""
     oracle_file: str | None = None
     """For ``drafter: "oracle"``: a JSON list of token id lists, each a prompt with its continuation."""
     auto_sizes: list[int] = field(default_factory=list, init=False)
