@@ -86,12 +86,16 @@ def paged_layer(name: str, group: int, static_forward_context: dict) -> PagedLay
 def cache_classes(kv_cache_config: KVCacheConfig, static_forward_context: dict) -> list[CacheClass]:
     """All target caches by (group, shape, strides, dtype).
 
-    Layers of several groups may have one memory, of which each group owns other blocks.
+    Layers of several groups may have one memory, of which each group owns other blocks. A cache that several layers of
+    a group read is listed once: moving its rows twice would move other rows.
     """
     classes: dict[tuple, list[torch.Tensor]] = {}
     for number, group in enumerate(kv_cache_config.kv_cache_groups):
         for name in group.layer_names:
-            cache = static_forward_context[name].kv_cache
+            layer = static_forward_context[name]
+            if layer.kv_sharing_target_layer_name is not None:
+                continue
+            cache = layer.kv_cache
             key = (number, tuple(cache.shape), cache.stride(), cache.dtype)
             classes.setdefault(key, []).append(cache)
     return [CacheClass(key[0], caches, kv_base_ptrs(caches)) for key, caches in classes.items()]
