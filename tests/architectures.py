@@ -40,9 +40,10 @@ GEMMA4 = (
 
 @dataclass(frozen=True)
 class Case:
-    """An architecture, by the model type of transformers, or one ``kind`` of it. ``refusal``: words of the sentence that refuses it at start;
-    without them its text must be that of plain decoding. ``plain_fails``: why vLLM itself does not run it on a CPU.
-    ``torch_fields``: what transformers must be told to compute as vLLM does. ``versions``: of vLLM, where it was tried.
+    """An architecture, by the model type of transformers, or a ``kind`` of it. ``refusal``: words of the sentence that
+    refuses it at start; without them its text must be that of plain decoding. ``plain_fails``: why vLLM itself does not
+    run it on a CPU. ``torch_fields``: what transformers must be told to compute as vLLM does. ``versions``: of vLLM,
+    where it was tried.
     """
 
     model_type: str
@@ -247,7 +248,9 @@ CASES = [
         "gemma4_text",
         "Gemma 4 26B-A4B (text)",
         "heads of two sizes, mixture of experts",
-        GEMMA4 | MOE | dict(attention_k_eq_v=True, num_global_key_value_heads=1, enable_moe_block=True, top_k_experts=2),
+        GEMMA4
+        | MOE
+        | dict(attention_k_eq_v=True, num_global_key_value_heads=1, enable_moe_block=True, top_k_experts=2),
         versions="0.32",
         kind="experts",
     ),

@@ -34,7 +34,7 @@ from vllm_kvspec.kernels import reference_candidates as candidates
 from vllm_kvspec.kernels import tree_attention as tree
 
 MAX_ROWS, MAX_GROUP = 64, 16
-HEAD_DIMS = (64, 80, 96, 128, 256)
+HEAD_DIMS = (64, 80, 96, 128, 256, 512)
 BLOCK_SIZES = (16, 32, 64)
 # Query dtype and cache dtype. float32 queries are for tests: correct, but they spill.
 DTYPES = {
@@ -165,7 +165,7 @@ def small_variants() -> list[Variant]:
     for heads, dim, dtype in ((8, 128, torch.bfloat16), (1, 64, torch.uint8), (32, 256, torch.bfloat16)):
         features = {"KV heads": heads, "D": dim, "dtype": str(dtype).removeprefix("torch.")}
         variants.append(Variant(_kv_compact, dict(heads=heads, dim=dim, dtype=dtype), features))
-    for dim, splits, padding in ((64, 2, True), (80, 16, False), (128, 16, True), (256, 16, True)):
+    for dim, splits, padding in ((64, 2, True), (80, 16, False), (128, 16, True), (256, 16, True), (512, 16, True)):
         options = dict(dim=dim, splits=splits, padding=padding)
         variants.append(Variant(_merge_splits, options, {"D": dim, "splits": splits, "padding": padding}))
     return variants

@@ -52,6 +52,7 @@ CASES = [
     pytest.param([75], 8, 4, 2, 64, 16, torch.float16, HND, 0, id="fp16"),
     pytest.param([75], 8, 4, 2, 64, 16, torch.bfloat16, HND, 0, id="bf16"),
     pytest.param([40], 4, 2, 1, 256, 16, torch.float32, HND, 0, id="D256"),
+    pytest.param([40], 4, 4, 1, 512, 16, torch.float32, HND, 0, id="D512"),
 ]
 
 

@@ -39,7 +39,7 @@ def refuse_engine_options(engine_args: Any, model: ModelConfig, parallel: Parall
         if model.is_diffusion
         else "reference sliding-window attention"
         if model.rswa_window is not None
-        else "a bidirectional prefix"
+        else "images that attend to themselves in both directions (without them: --language-model-only)"
         if model.is_mm_prefix_lm
         else f"--runner {model.runner_type}"
         if model.runner_type != "generate"
