@@ -2,7 +2,7 @@
 """Which variants of each kernel the launchers can choose on a GPU, and which of them the compile gate compiles.
 
 A variant is one call of a real launcher. Its features are what the compiled code depends on: the tile that
-`tile_config` picks for the rows and heads, head dimension, dtypes, block size, splits, window, causal block, sinks or
+`tile_config` picks for the rows and heads, head dimension, dtypes, block size, splits, window, own keys, sinks or
 soft-cap. Every number of rows up to `MAX_ROWS` and every group up to `MAX_GROUP` is asked for its tile and each
 distinct tile kept once, so a change of `tile_config` changes the list by itself.
 
@@ -43,7 +43,9 @@ DTYPES = {
     "fp8": (torch.bfloat16, torch.float8_e4m3fn),
 }
 # What decides registers and shared memory.
-CRITICAL = ("tile", "group", "block keys", "D", "dtype", "splits", "window", "causal", "scores")
+CRITICAL = ("tile", "group", "block keys", "D", "dtype", "splits", "window", "own", "scores")
+# What the draft's rows see of their own block.
+OWN = ("whole", "causal", "none")
 # How scores become weights; no model has both.
 SCORES = ("plain", "sinks", "soft-cap")
 
@@ -71,14 +73,14 @@ def caches(heads: int, dim: int, dtype: torch.dtype, block_size: int) -> tuple[t
     return raw[..., :dim], raw[..., dim:]
 
 
-def draft_attention(rows, group, dim, dtype, splits, window, causal, block_size, kv_heads=2) -> None:
+def draft_attention(rows, group, dim, dtype, splits, window, own, block_size, kv_heads=2) -> None:
     draft.num_splits = lambda *_: splits
     q_dtype, cache_dtype = DTYPES[dtype]
     q = torch.zeros(2, rows, group * kv_heads, dim, dtype=q_dtype)
-    block = torch.zeros(2, rows, kv_heads, dim, dtype=q_dtype)
+    block = None if own == "none" else torch.zeros(2, rows, kv_heads, dim, dtype=q_dtype)
     draft.paged_draft_attention(
         q, *caches(kv_heads, dim, cache_dtype, block_size), ints(2, 64), ints(2), block, block,
-        scale=0.1, sliding_window=window, causal=causal, k_scale=torch.ones(1), v_scale=torch.ones(1),
+        scale=0.1, sliding_window=window, causal=own == "causal", k_scale=torch.ones(1), v_scale=torch.ones(1),
         out=torch.empty_like(q),
     )  # fmt: skip
 
@@ -122,8 +124,8 @@ def attention_variants(capability: int, is_draft: bool) -> list[Variant]:
     dtypes = [dtype for dtype in DTYPES if dtype != "fp8" or capability >= 89]
     for dim, dtype in product(HEAD_DIMS, dtypes):
         for rows, group, tile in _tiles(dim, dtype, is_draft):
-            own = product(["causal"], (False, True)) if is_draft else product(["scores"], SCORES)
-            for splits, window, (name, value), block_size in product((1, 8), (0, 4096), own, BLOCK_SIZES):
+            kinds = product(["own"], OWN) if is_draft else product(["scores"], SCORES)
+            for splits, window, (name, value), block_size in product((1, 8), (0, 4096), kinds, BLOCK_SIZES):
                 options = dict(rows=rows, group=group, dim=dim, dtype=dtype, splits=splits, window=window)
                 features = tile | {"D": dim, "dtype": dtype, "splits": splits, "window": window}
                 options[name] = features[name] = value

@@ -35,11 +35,11 @@ class PagedLayer:
     sliding_window: int
 
 
-def empty_layers(num_layers: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device):
-    """Layers with one block of no content, for passes before KV caches exist, which read no context."""
+def empty_layer(num_kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> PagedLayer:
+    """A layer with one block of no content, for passes before KV caches exist, which read no context."""
     cache = torch.zeros(1, EMPTY_BLOCK_SIZE, num_kv_heads, head_dim, dtype=dtype, device=device)
     one = torch.ones(1, device=device)
-    return [PagedLayer(cache, cache, one, one, group=0, sliding_window=0)] * num_layers
+    return PagedLayer(cache, cache, one, one, group=0, sliding_window=0)
 
 
 @dataclass
