@@ -468,8 +468,8 @@ def gumbel_noise_at(
     idx_mapping: torch.Tensor,
     tokens: torch.Tensor,
 ) -> torch.Tensor:
-    """``gumbel_noise`` of the listed ``tokens`` int ``[n]`` only: fp32 ``[B, G, n]``."""
-    noise = torch.zeros((*positions.shape, len(tokens)), dtype=torch.float32, device=positions.device)
+    """``gumbel_noise`` of the listed ``tokens`` only, int ``[n]`` or for each row ``[B, G, n]``: fp32 ``[B, G, n]``."""
+    noise = torch.zeros((*positions.shape, tokens.shape[-1]), dtype=torch.float32, device=positions.device)
     temp = temperature[idx_mapping.long()]
     sampling = temp.nonzero()[:, 0]
     if sampling.numel() == 0:
@@ -479,7 +479,7 @@ def gumbel_noise_at(
     h = _murmur_mix(torch.zeros_like(seed, dtype=torch.int32), seed.int())
     h = _murmur_mix(h, (seed >> 32).int())
     h = _murmur_mix(h, positions[sampling].int())
-    h = _murmur_mix(h[:, :, None], tokens.int())
+    h = _murmur_mix(h[:, :, None], (tokens if tokens.dim() == 1 else tokens[sampling]).int())
     noise[sampling] = _gumbel(_murmur_finish(h ^ 16)) * temp[sampling, None, None]
     return noise
 

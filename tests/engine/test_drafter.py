@@ -124,6 +124,7 @@ def serve(head, target, directory, **keys) -> tuple[Drafter, DraftRows, torch.Te
     ids = torch.randint(VOCAB, (1, LENGTH))
     view = view_target(target, head.config, ids)
     spec = dict(tree="auto", tree_width=3, parents=None, draft_noise="coupled", num_speculative_tokens=NODES) | keys
+    spec["max_depth"] = lambda head: head.draft_block_size
     served = load(head.config, load_file(directory / "model.safetensors"))
     fake = SimpleNamespace(
         embed_input_ids=target.get_input_embeddings(),

@@ -218,15 +218,18 @@ def candidate_variants() -> list[Variant]:
     parents = {"1": (1, True), "8 sharing logits": (8, True), "8": (8, False)}
     widths = {"4 ranked": (4, False), "8 at fixed places": (8, True)}
     variants = []
-    for dtype, batch, (of, (p, shared)), rank, reduced, coupled, (width, (w, fixed)) in product(
+    for dtype, batch, (of, (p, shared)), rank, ids, coupled, (width, (w, fixed)) in product(
         (torch.bfloat16, torch.float32),
         (1, 8),
         parents.items(),
         (0, 96, 256),
-        (False, True),
+        ("all", "listed", "by parent"),
         (False, True),
         widths.items(),
     ):
+        # Only parents with logits of their own have tokens of their own, and then no transition bias.
+        if ids == "by parent" and (rank or shared):
+            continue
         options = dict(dtype=dtype, batch=batch, num_parents=p, shared=shared, rank=rank, width=w, fixed=fixed)
         features = {
             "dtype": str(dtype).removeprefix("torch."),
@@ -235,13 +238,13 @@ def candidate_variants() -> list[Variant]:
             "rank": rank,
             "children": width,
         }
-        flags = {"reduced": reduced, "coupled": coupled}
+        flags = {"ids": ids, "coupled": coupled}
         variants.append(Variant(_tree_level, options | flags, features | flags))
     return variants
 
 
-def _tree_level(dtype, batch, num_parents, shared, rank, width, fixed, reduced, coupled) -> None:
-    entries = 151936
+def _tree_level(dtype, batch, num_parents, shared, rank, width, fixed, ids, coupled) -> None:
+    entries = 4096 if ids == "by parent" else 151936
     shape = (batch, num_parents)
     level = candidates.Level(num_parents, width, 8, ints(num_parents * width) if fixed else None)
     parents = candidates.Parents(longs(*shape), torch.zeros(shape), ints(*shape))
@@ -250,7 +253,7 @@ def _tree_level(dtype, batch, num_parents, shared, rank, width, fixed, reduced, 
         torch.zeros(entries + 128, dtype=dtype).as_strided((*shape, entries), (0, 0 if shared else 16, 1)),
         parents, transition, transition, level=level, depth=3, base=longs(batch), idx_mapping=longs(batch),
         temperature=torch.zeros(256), seeds=longs(256), coupled=coupled, greedy_scale=0.5, chain=ints(256),
-        draft_ids=longs(entries) if reduced else None,
+        draft_ids={"all": None, "listed": longs(entries), "by parent": longs(*shape, entries)}[ids],
         candidates=candidates.empty_candidates(batch, [level], torch.device("cpu")), offset=0,
     )  # fmt: skip
 

@@ -27,7 +27,8 @@ from vllm_kvspec.engine.target_kv import PagedLayer
 from vllm_kvspec.rope import layer_heads, layer_rope
 
 # Checkpoint's prefix -> ours.
-RENAMED = (("model.layers.", "layers."), ("model.norm.", "norm."), ("masked_embedding.", ""))
+RENAMED = (("model.layers.", "layers."), ("model.norm.", "norm."), ("masked_embedding.", "clusters."))
+LOADED_BUFFERS = ("layer_scalar", "token_ordering")
 # (part here, its part in the checkpoint, shard id)
 STACKED = (("gate_up_proj", "gate_proj", 0), ("gate_up_proj", "up_proj", 1))
 
@@ -99,11 +100,29 @@ class AssistantLayer(nn.Module):
         return hidden * self.layer_scalar
 
 
+class Clusters(nn.Module):
+    """An LM head that scores the tokens of the best clusters only, of the ``num_centroids`` with equally many tokens.
+
+    Every tensor-parallel rank holds it whole: what a row scores may lie anywhere in it.
+    """
+
+    def __init__(self, config, text):
+        super().__init__()
+        self.shape = (config.num_centroids, text.vocab_size // config.num_centroids)
+        self.count = config.centroid_intermediate_top_k
+        self.centroids = nn.Linear(text.hidden_size, config.num_centroids, bias=False)
+        self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
+        self.register_buffer("token_ordering", torch.zeros(text.vocab_size, dtype=torch.int64))
+
+    def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """``hidden`` [n, H] -> logits [n, Vd] of some tokens, and these tokens int64 [n, Vd], cluster by cluster."""
+        best = self.centroids(hidden).topk(self.count, dim=-1).indices
+        tokens = self.token_ordering.view(self.shape)[best].flatten(1)
+        return (self.lm_head.weight[tokens] @ hidden.unsqueeze(-1)).squeeze(-1), tokens
+
+
 class Gemma4Assistant(nn.Module):
     """Built and loaded by vLLM's model loader. Its embedding is the target's; its LM head is its own."""
-
-    # Every entry of its vocabulary is the target's.
-    draft_ids = None
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__()
@@ -119,8 +138,19 @@ class Gemma4Assistant(nn.Module):
             AssistantLayer(text, i, max_position, f"{prefix}.layers.{i}") for i in range(text.num_hidden_layers)
         )
         self.norm = RMSNorm(hidden, eps=text.rms_norm_eps)
-        self.lm_head = ParallelLMHead(text.vocab_size, hidden, prefix=f"{prefix}.lm_head")
-        self.logits_processor = LogitsProcessor(text.vocab_size, soft_cap=text.final_logit_softcapping)
+        self.clusters = None
+        if self.config.use_ordered_embeddings:
+            self.clusters = Clusters(self.config, text)
+        else:
+            self.lm_head = ParallelLMHead(text.vocab_size, hidden, prefix=f"{prefix}.lm_head")
+            self.logits_processor = LogitsProcessor(text.vocab_size, soft_cap=text.final_logit_softcapping)
+        generation = draft_model.try_get_generation_config() or {}
+        suppressed = None
+        if ids := generation.get("suppress_tokens"):
+            suppressed = torch.zeros(text.vocab_size, dtype=torch.bool)
+            suppressed[torch.tensor(ids, device=suppressed.device)] = True
+        # Tokens that are never drafted.
+        self.register_buffer("suppressed", suppressed, persistent=False)
         self._is_loaded = False
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
@@ -154,17 +184,24 @@ class Gemma4Assistant(nn.Module):
             hidden = self.norm(hidden)
         return hidden.view(batch, paths, -1), self.post_projection(hidden).view(batch, paths, -1)
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """``hidden`` [B, P, H] -> [B, P, V]."""
-        logits = self.logits_processor(self.lm_head, hidden.flatten(0, 1))
-        return logits.view(*hidden.shape[:2], -1)
+    def logits(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """``hidden`` [B, P, H] -> logits [B, P, V] of all tokens and None, or [B, P, Vd] and their tokens int64."""
+        rows = hidden.flatten(0, 1)
+        logits, tokens = (
+            (self.logits_processor(self.lm_head, rows), None) if self.clusters is None else self.clusters(rows)
+        )
+        if self.suppressed is not None:
+            logits = logits.masked_fill(self.suppressed if tokens is None else self.suppressed[tokens], float("-inf"))
+        shape = (*hidden.shape[:2], -1)
+        return logits.view(shape), None if tokens is None else tokens.view(shape)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load the checkpoint's tensors; raises ValueError for a tensor the assistant lacks or one it does not get.
 
         Only the first call must bring all: weights may be updated in chunks (vLLM's layerwise reload).
         """
-        places = dict(self.named_parameters()) | {n: b for n, b in self.named_buffers() if n.endswith("layer_scalar")}
+        buffers = {name: buffer for name, buffer in self.named_buffers() if name.endswith(LOADED_BUFFERS)}
+        places = dict(self.named_parameters()) | buffers
         loaded: set[str] = set()
         parts: set[str] = set()
         for name, tensor in weights:
@@ -191,7 +228,11 @@ class Gemma4Assistant(nn.Module):
     def _place(self, name: str) -> tuple[str | None, int | None]:
         """Where a tensor of the checkpoint goes, None for nowhere, and its shard there."""
         if name == "model.embed_tokens.weight":
-            return ("lm_head.weight" if self.config.tie_word_embeddings else None), None
+            if not self.config.tie_word_embeddings:
+                return None, None
+            name = "lm_head.weight"
+        if name == "lm_head.weight" and self.clusters is not None:
+            name = "clusters.lm_head.weight"
         for theirs, ours in RENAMED:
             if name.startswith(theirs):
                 name = ours + name.removeprefix(theirs)

@@ -28,9 +28,10 @@ class AssistantDrafter(Drafter):
         for depth, level in enumerate(levels):
             embeds = self.embed(parents.token)
             hidden, state = self.head(embeds, state, rows.base, self.context, self.block_tables)
+            logits, tokens = self.logits(hidden)
             parents = ops.tree_level(
-                self.logits(hidden), parents, None, None,
-                level=level, depth=depth, candidates=candidates, offset=offset, **options,
+                logits, parents, None, None,
+                level=level, depth=depth, candidates=candidates, offset=offset, draft_ids=tokens, **options,
             )  # fmt: skip
             if parents is None:
                 break

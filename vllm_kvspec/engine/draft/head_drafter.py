@@ -106,7 +106,7 @@ class Drafter:
 
     def expansion(self, rows: DraftRows, depth: int | None = None) -> Expand:
         """Candidates of the rows' trees as a function of levels, ``depth`` of them at most, and chains."""
-        options = self.options(rows)
+        options = self.options(rows) | {"draft_ids": self.head.draft_ids}
         if self.head.config.drafting == "autoregressive":
             return partial(self._path_candidates, rows, **options)
         inputs = self.head.block_rows(self.embed(rows.anchor), rows.state)
@@ -123,7 +123,6 @@ class Drafter:
             seeds=rows.seed,
             coupled=self.coupled,
             greedy_scale=self.head.config.greedy_scale,
-            draft_ids=self.head.draft_ids,
         )
 
     def _path_candidates(self, rows: DraftRows, *, levels: Sequence[Level], **options) -> Candidates:
