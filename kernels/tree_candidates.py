@@ -190,6 +190,7 @@ def _select_kernel(
     offset,
     num_next,
     HAS_DRAFT_IDS: tl.constexpr,
+    IDS_BY_PARENT: tl.constexpr,
     HAS_CHAIN: tl.constexpr,
     HAS_SLOTS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -236,8 +237,10 @@ def _select_kernel(
     # [PARENTS, BLOCK_WIDTH]
     real = in_parents[:, None] & (rank[None, :] < WIDTH)
     candidate = parent[:, None] * WIDTH + rank[None, :]
-    if HAS_DRAFT_IDS:
+    if IDS_BY_PARENT:
         token = tl.load(draft_ids_ptr + row[:, None] * stride_ids + token, mask=real, other=0)
+    elif HAS_DRAFT_IDS:
+        token = tl.load(draft_ids_ptr + token, mask=real, other=0)
     score = tl.where(real & (score == score), score, float("-inf"))
     if HAS_CHAIN:
         state = tl.load(idx_mapping_ptr + b).to(tl.int64)
@@ -396,6 +399,7 @@ def tree_level(
             offset,
             level.num_next,
             HAS_DRAFT_IDS=draft_ids is not None,
+            IDS_BY_PARENT=by_parent,
             HAS_CHAIN=chain is not None,
             HAS_SLOTS=level.slots is not None,
             WIDTH=level.width,

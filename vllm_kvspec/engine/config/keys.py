@@ -10,6 +10,7 @@ from vllm.config.utils import config
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
+from vllm_kvspec.assistant import source_layers
 from vllm_kvspec.config import KVSpecDraftConfig
 from vllm_kvspec.engine.config import assistant
 from vllm_kvspec.engine.config.refusals import check_head_fits, check_servable, load_head_config
@@ -125,7 +126,8 @@ class KVSpecConfig(SpeculativeConfig):
         self._refuse_options()
         head, as_head = load_head_config(self.model, self.revision), None
         if not isinstance(head, KVSpecDraftConfig):
-            as_head = assistant.as_head(head, target, self._assistant_depth())
+            layers = source_layers(head, target.hf_text_config)
+            as_head = assistant.as_head(layers, target.get_vocab_size(), self._assistant_depth())
             self.has_assistant, head = True, as_head(head)
         else:
             check_servable(head)

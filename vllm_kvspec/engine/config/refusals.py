@@ -10,13 +10,13 @@ from vllm.config import ModelConfig, ParallelConfig
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import resolve_kv_cache_dtype_string
 
+from vllm_kvspec.assistant import MODEL_TYPES
 from vllm_kvspec.config import (
     KVSpecDraftConfig,
     check_fingerprint,
     target_fingerprint,
     unsupported_attention,
 )
-from vllm_kvspec.engine.config import assistant
 
 CUDA_WORKER = "vllm_kvspec.engine.worker.KVSpecWorker"
 CPU_WORKER = "vllm_kvspec.engine.cpu.worker.KVSpecCPUWorker"
@@ -98,10 +98,10 @@ def load_head_config(model: str | None, revision: str | None) -> PreTrainedConfi
             f"kvspec's model must be a draft head's directory or repository; {model!r} could not be read as one: "
             f"{error}"
         ) from error
-    if not isinstance(head, KVSpecDraftConfig) and head.model_type not in assistant.MODEL_TYPES:
+    if not isinstance(head, KVSpecDraftConfig) and head.model_type not in MODEL_TYPES:
         raise ValueError(
-            f"kvspec's model must be a draft head (model_type {KVSpecDraftConfig.model_type!r}); {model!r} is a "
-            f"{head.model_type!r} model. Train a head for your target with `vllm-kvspec train`."
+            f"kvspec's model must be a draft head (model_type {KVSpecDraftConfig.model_type!r}) or an assistant of "
+            f"Gemma 4; {model!r} is a {head.model_type!r} model. Train a head for your target with `vllm-kvspec train`."
         )
     for path in sorted(Path(model).glob("*.safetensors")):
         check_safetensors(path)
