@@ -351,6 +351,7 @@ class FakeGPU:
 @pytest.mark.parametrize(
     ("major", "dtype", "asked", "model_type", "stock"),
     [
+        (9, torch.bfloat16, None, "gemma4_text", "TRITON_ATTN"),
         (9, torch.bfloat16, None, "qwen3", "FLASH_ATTN"),
         (8, torch.float16, "AUTO", "qwen3", "FLASH_ATTN"),
         (9, torch.float32, None, "qwen3", "TRITON_ATTN"),
@@ -370,7 +371,9 @@ def test_stock_attention(monkeypatch, major, dtype, asked, model_type, stock):
     # vLLM's answer: sinks need FlashAttention 3.
     monkeypatch.setattr(FlashAttentionBackend, "supports_sink", lambda: major >= 9)
     text_config = SimpleNamespace(model_type=model_type)
-    target = SimpleNamespace(dtype=dtype, get_head_size=lambda: 64, hf_config=None, hf_text_config=text_config)
+    head_size = 512 if model_type == "gemma4_text" else 64
+    target = SimpleNamespace(dtype=dtype, get_head_size=lambda: head_size, hf_config=None, hf_text_config=text_config)
+    monkeypatch.setattr(FlashAttentionBackend, "supports_head_size", lambda size: True)
     for _ in range(2):
         config = SimpleNamespace(target_model_config=target)
         select_attention_backend(arguments, config)

@@ -19,7 +19,7 @@ from vllm.distributed import cleanup_dist_env_and_memory, init_distributed_envir
 from vllm_kvspec.engine.draft.head import KVSpecDraftModel
 from vllm_kvspec.engine.draft.head_drafter import Drafter
 from vllm_kvspec.engine.draft.logits import DraftLogits
-from vllm_kvspec.engine.target_kv import PagedLayer, empty_layers
+from vllm_kvspec.engine.target_kv import PagedLayer, empty_layer
 from vllm_kvspec.kernels.reference import gumbel_noise
 from vllm_kvspec.kernels.reference_draft_inputs import DraftRows
 from vllm_kvspec.models import draft_head
@@ -124,6 +124,7 @@ def serve(head, target, directory, **keys) -> tuple[Drafter, DraftRows, torch.Te
     ids = torch.randint(VOCAB, (1, LENGTH))
     view = view_target(target, head.config, ids)
     spec = dict(tree="auto", tree_width=3, parents=None, draft_noise="coupled", num_speculative_tokens=NODES) | keys
+    spec["max_depth"] = lambda head: head.draft_block_size
     served = load(head.config, load_file(directory / "model.safetensors"))
     fake = SimpleNamespace(
         embed_input_ids=target.get_input_embeddings(),
@@ -216,7 +217,7 @@ def test_a_small_tree_needs_no_deeper_level(head, target, tmp_path):
 @torch.no_grad()
 def test_the_pass_that_measures_memory_needs_no_kv_cache(head, target, tmp_path):
     drafter, rows, _ = serve(head, target, tmp_path)
-    drafter.bind(empty_layers(2, 2, 16, torch.float32, torch.device("cpu")), [torch.zeros(4, 1, dtype=torch.int32)])
+    drafter.bind([empty_layer(2, 16, torch.float32, torch.device("cpu"))] * 2, [torch.zeros(4, 1, dtype=torch.int32)])
     padding = DraftRows(*(None if c is None else torch.zeros_like(c) for c in rows))
     tokens, parent, *_ = drafter.trees(padding, False)
     assert ((tokens >= 0) & (tokens < VOCAB)).all()
