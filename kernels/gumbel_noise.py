@@ -61,9 +61,15 @@ def noise_key(seed, position):
 
 
 @triton.jit
+def word_hash(key, token):
+    """The 32-bit hash of tokens under a `noise_key`; the two broadcast."""
+    return _finish(_mix(key, token.to(tl.uint32)))
+
+
+@triton.jit
 def gumbel(key, token):
     """The Gumbel noise, fp32, of tokens of the vocabulary under a `noise_key`; the two broadcast."""
-    return _gumbel_of_bits(_finish(_mix(key, token.to(tl.uint32))))
+    return _gumbel_of_bits(word_hash(key, token))
 
 
 @triton.jit

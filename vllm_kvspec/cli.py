@@ -151,7 +151,7 @@ def _eval(args: argparse.Namespace) -> None:
 def _add_eval(commands) -> None:
     parser = commands.add_parser("eval", help="measure a head's acceptance offline", epilog=EVAL_EXAMPLE)
     parser.add_argument("--target_model", required=True, help="target: directory or Hugging Face name")
-    parser.add_argument("--draft_model", required=True, help="directory of the head")
+    parser.add_argument("--draft_model", help="directory of the head (default: none, as served without a model)")
     parser.add_argument("--data_path", nargs="+", required=True, help='jsonl files with "text", "messages" or "turns"')
     parser.add_argument("--num_prompts", type=int, default=64)
     parser.add_argument(

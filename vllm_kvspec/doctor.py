@@ -79,7 +79,9 @@ def findings(target_model: str | None = None, draft_model: str | None = None) ->
     if target_model and draft_model:
         use_fitting = "use the head that was trained for this target"
         yield check("head fits target", use_fitting, lambda: _fits(target_model, draft_model))
-        name, do = "vLLM accepts the pair", "serve another pair; the README's limits list what is refused"
+    if target_model:
+        name = "vLLM accepts the pair" if draft_model else "vLLM accepts the target"
+        do = "serve another one; the README's limits list what is refused"
         yield (
             check(name, do, lambda: _accepted(target_model, draft_model))
             if has_vllm
@@ -226,13 +228,15 @@ def _fits(target_model: str, draft_model: str) -> str:
     return "shape, RoPE and tokenizer are those it was trained for"
 
 
-def _accepted(target_model: str, draft_model: str) -> str:
+def _accepted(target_model: str, draft_model: str | None) -> str:
     """The whole of vLLM's own configuration, every refusal of ours included; no weights are loaded."""
     from vllm.engine.arg_utils import EngineArgs
 
-    spec = {"method": "kvspec", "model": draft_model}
+    spec = {"method": "kvspec"} | ({"model": draft_model} if draft_model else {})
     config = EngineArgs(model=target_model, speculative_config=spec).create_engine_config()
-    return f"{config.speculative_config.num_speculative_tokens} tokens per step by default"
+    spec = config.speculative_config
+    without = "" if draft_model else ', drafter "recycle" (a trained head gets more accepted: vllm-kvspec train)'
+    return f"{spec.num_speculative_tokens} tokens per step by default{without}"
 
 
 def doctor(target_model: str | None = None, draft_model: str | None = None) -> bool:

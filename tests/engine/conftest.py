@@ -116,5 +116,16 @@ def same():
 
 
 @pytest.fixture
+def check(reference):
+    """Send batches by name to an engine and compare with the plain reference."""
+
+    def run(llm, names: tuple[str, ...]) -> None:
+        batches = [requests_mix.BATCHES[name]() for name in names]
+        assert_same(engine_runner.generate(llm, batches), [reference[name] for name in names])
+
+    return run
+
+
+@pytest.fixture
 def script(tmp_path):
     return lambda job, **kwargs: engine_runner.run_script(job, tmp_path, **kwargs)

@@ -15,6 +15,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm_kvspec.engine.budget import scheduler as scheduler_module
 from vllm_kvspec.engine.budget import step_costs
 from vllm_kvspec.engine.budget.choice import (
+    RECYCLE_PROFILE,
     Acceptance,
     MeasuredCosts,
     NodeBudget,
@@ -229,8 +230,17 @@ def test_without_a_table_the_roofline_serves(costs_file):
     assert budget.nodes(1, 100) == 8
 
 
+def test_without_a_head_drafting_costs_nothing_in_the_roofline():
+    from vllm_kvspec.engine.budget.scheduler import create_budget
+
+    budget = create_budget(configured({"method": "kvspec", "num_speculative_tokens": 8}))
+    assert budget.costs.draft_seconds(1, 100) == 0
+    assert budget.acceptance.accepted(8) == pytest.approx(RECYCLE_PROFILE[8] - 1)
+
+
+@pytest.mark.parametrize("head", [object(), None])
 @pytest.mark.parametrize(("accepted", "warns"), [(0, True), (19, True), (20, False), (400, False)])
-def test_next_to_no_acceptance_is_said_once(accepted, warns, monkeypatch):
+def test_next_to_no_acceptance_is_said_once(accepted, warns, head, monkeypatch):
     said = []
     monkeypatch.setattr(scheduler_module.logger, "warning", lambda text, *values: said.append(text % values))
 
@@ -239,6 +249,7 @@ def test_next_to_no_acceptance_is_said_once(accepted, warns, monkeypatch):
             return num_accepted_tokens
 
     watch = type("Watch", (scheduler_module.WatchesAcceptance, Stock), {})()
+    watch.vllm_config = SimpleNamespace(speculative_config=SimpleNamespace(head_config=head))
     counts = [accepted // 200 + (i < accepted % 200) for i in range(200)]
     for count in [*counts, *counts]:
         assert watch.make_spec_decoding_stats(None, 8, count) == count
@@ -247,6 +258,7 @@ def test_next_to_no_acceptance_is_said_once(accepted, warns, monkeypatch):
     assert len(said) == warns
     if warns:
         assert f"of the first 200 drafts only {accepted} tokens" in said[0]
+        assert ("the head was trained for other weights" in said[0]) is (head is not None)
 
 
 def test_two_ranks_time_the_same_steps(spec, script, reference, same):

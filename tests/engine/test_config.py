@@ -3,6 +3,7 @@
 
 import dataclasses
 import json
+import pickle
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -68,6 +69,14 @@ def test_defaults():
     assert isinstance(config, KVSpecConfig)
     assert (config.tree, config.draft_noise, config.drafter, config.tree_width) == ("auto", "coupled", "head", 4)
     assert config.num_speculative_tokens == 2 * config.draft_model_config.hf_config.draft_block_size
+
+
+@pytest.mark.parametrize("spec", [{"method": "kvspec"}, {"method": "kvspec", "drafter": "recycle", "model": None}])
+def test_without_a_head(spec):
+    config = configure(spec).speculative_config
+    assert (config.drafter, config.head_config, config.num_speculative_tokens) == ("recycle", None, 16)
+    assert config.auto_sizes == [0, 2, 4, 8, 16]
+    assert pickle.loads(pickle.dumps(config)).drafter == "recycle"
 
 
 @pytest.mark.parametrize(
@@ -136,7 +145,12 @@ def test_repr_is_one_line():
         ({**SYNTHETIC, "synthetic_acceptance_rates": [0.5] * 9}, ["must be 0 beyond the tree's depth, 8"]),
         ({"draft_tensor_parallel_size": 3}, ["draft_tensor_parallel_size must be 1", "found 3"]),
         ({"model": "/no/such/head"}, ["draft head", "/no/such/head"]),
-        ({"model": None}, ["needs a draft head", "found none"]),
+        ({"model": None, "drafter": "head"}, ["needs a draft head", "found none"]),
+        ({"drafter": "recycle"}, ["uses no head", HEAD]),
+        ({"model": None, "tree": [2, 1]}, ["fixed shape or width needs a head", "[2, 1]"]),
+        ({"model": None, "tree_width": 2}, ["fixed shape or width needs a head", "tree_width 2"]),
+        ({"model": None, "num_speculative_tokens": 64}, ["1 to 63", "found 64"]),
+        ({"recycle_scope": "all"}, ["recycle_scope", "salt"]),
         ({"model": TARGET}, ["must be a draft head", "qwen3"]),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

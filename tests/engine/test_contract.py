@@ -53,6 +53,7 @@ CONTRACT = {
     "Worker._make_model_runner": "test_drafter_graph.py::test_a_replay_gives_what_an_eager_draft_gives",
     "Worker.compile_or_warm_up_model": "test_contract.py::test_timed_steps_count_no_expert_load",
     "Worker.finish_weight_update": "test_weights.py::test_new_weights_of_the_target_reach_the_draft_vocabulary",
+    "Scheduler.schedule": "test_recycle.py::test_only_requests_of_the_same_salt_learn_from_each_other",
     "Scheduler.update_from_output": "test_budget.py::test_steps_are_timed_and_the_scheduler_gets_the_table",
     "Scheduler.make_spec_decoding_stats": (
         "test_budget.py::test_text_is_that_of_plain_decoding_while_the_nodes_change"

@@ -51,7 +51,8 @@ class PaddedReplay:
 
 
 @pytest.mark.cpu
-def test_padded_drafts(make_engine, spec, same, reference, monkeypatch):
+@pytest.mark.parametrize("keys", [{}, {"model": None}], ids=["head", "without a head"])
+def test_padded_drafts(make_engine, spec, same, reference, monkeypatch, keys):
     """Trees, chains among them, on padded batches: the same drafts and the text of plain decoding."""
     replays = []
 
@@ -61,7 +62,7 @@ def test_padded_drafts(make_engine, spec, same, reference, monkeypatch):
 
     monkeypatch.setattr(KVSpecSpeculator, "init_cudagraph_manager", init)
     names = ("sampled", "mixed")
-    with make_engine(spec(8, budget="fixed")) as llm:
+    with make_engine(spec(8, budget="fixed", **keys)) as llm:
         same(generate(llm, [BATCHES[name]() for name in names]), [reference[name] for name in names])
         assert spec_counters(llm)["accepted_tokens"] > 0
     assert replays[-1].padded > 10
@@ -80,7 +81,13 @@ def cuda_engine(make_engine, spec):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    "keys", [{}, {"tree": "chain", "num_speculative_tokens": 8}, {"tree": [3, 1], "num_speculative_tokens": 6}]
+    "keys",
+    [
+        {},
+        {"tree": "chain", "num_speculative_tokens": 8},
+        {"tree": [3, 1], "num_speculative_tokens": 6},
+        {"model": None},
+    ],
 )
 def test_a_replay_gives_what_an_eager_draft_gives(cuda_engine, monkeypatch, keys):
     replays = []
@@ -112,7 +119,8 @@ def test_a_replay_gives_what_an_eager_draft_gives(cuda_engine, monkeypatch, keys
 
 
 @pytest.mark.gpu
-def test_a_step_never_waits_for_the_device(cuda_engine, monkeypatch):
+@pytest.mark.parametrize("keys", [{}, {"model": None}], ids=["head", "without a head"])
+def test_a_step_never_waits_for_the_device(cuda_engine, monkeypatch, keys):
     """Once kernels are compiled: everything that kvspec adds to a step, under torch's own check."""
     from vllm_kvspec.engine.runner import KVSpecRunnerMixin
 
@@ -134,7 +142,7 @@ def test_a_step_never_waits_for_the_device(cuda_engine, monkeypatch):
         (KVSpecSpeculator, "propose"),
     ):
         monkeypatch.setattr(owner, name, watched(getattr(owner, name)))
-    with cuda_engine() as llm:
+    with cuda_engine(**keys) as llm:
         generate(llm, [BATCHES["greedy"]()])
         watching = True
         generate(llm, [BATCHES["greedy"]()])

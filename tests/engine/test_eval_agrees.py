@@ -12,10 +12,11 @@ import pytest
 import torch
 from engine_runner import ROOT, TARGET, generate, spec_counters
 from heads import write_head
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from vllm_kvspec.eval.acceptance import evaluate
-from vllm_kvspec.eval.texts import write_texts
+from vllm_kvspec.eval.recycle import Run
+from vllm_kvspec.eval.texts import Text, write_texts
 from vllm_kvspec.models.draft_head import KVSpecDraftModel
 
 MAX_TOKENS, NUM_NODES = 40, 16
@@ -24,35 +25,64 @@ MAX_TOKENS, NUM_NODES = 40, 16
 HEADS = {"bundled": {}, "tied": dict(transition="tied", transition_rank=24)}
 
 
-@pytest.fixture(scope="module", params=HEADS)
-def offline(request, tmp_path_factory):
-    """The head, the texts, and the acceptance over them."""
-    path = write_head(tmp_path_factory.mktemp(request.param), **HEADS[request.param])
+@pytest.fixture(scope="module")
+def target() -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(TARGET, dtype=torch.float32).eval()
+
+
+def texts_of(target: PreTrainedModel, length: int, temperature: float) -> list[Text]:
+    """Six texts of ``length`` tokens after their prompts."""
     tokenizer = AutoTokenizer.from_pretrained(TARGET)
-    target = AutoModelForCausalLM.from_pretrained(TARGET, dtype=torch.float32).eval()
-    head = KVSpecDraftModel.from_pretrained(path, dtype=torch.float32).eval()
     rows = [json.loads(line) for line in (ROOT / "examples/prompts.jsonl").read_text().splitlines()]
     prompts = [tokenizer(row["prompt"])["input_ids"][:96] for row in rows if row.get("prompt")]
-    length = MAX_TOKENS + head.config.draft_block_size - 1
-    texts = write_texts(target, tokenizer, prompts, max_new_tokens=length, temperature=0.0)
+    texts = write_texts(target, tokenizer, prompts, max_new_tokens=length, temperature=temperature)
     # An engine that ignores the end of text goes on, transformers does not.
     texts = [text for text in texts if len(text.input_ids) == text.prompt_length + length][:6]
     assert len(texts) == 6
+    return texts
+
+
+@pytest.fixture(scope="module", params=HEADS)
+def offline(target, request, tmp_path_factory):
+    """The head, the texts, and the acceptance over them."""
+    path = write_head(tmp_path_factory.mktemp(request.param), **HEADS[request.param])
+    head = KVSpecDraftModel.from_pretrained(path, dtype=torch.float32).eval()
+    texts = texts_of(target, MAX_TOKENS + head.config.draft_block_size - 1, temperature=0.0)
     return path, texts, evaluate(head, target, texts, [NUM_NODES], temperature=0.0, beam=8, width=4)[0]
+
+
+def served(make_engine, spec_config: dict, texts: list[Text], temperature: float = 0.0, **arguments) -> dict:
+    """The engine's counters after it has written the texts' first MAX_TOKENS tokens."""
+    params = {"max_tokens": MAX_TOKENS, "temperature": temperature, "ignore_eos": True}
+    batch = [{"prompt": text.input_ids[: text.prompt_length], "params": params | {"seed": text.seed}} for text in texts]
+    with make_engine(spec_config, **arguments) as llm:
+        outputs = generate(llm, [batch])[0]
+        counters = spec_counters(llm)
+    for text, (sample,) in zip(texts, outputs, strict=True):
+        assert sample["token_ids"] == text.input_ids[text.prompt_length :][:MAX_TOKENS]
+    return counters
 
 
 @pytest.mark.parametrize("tree", ["chain", str(NUM_NODES)])
 def test_the_engine_drafts_and_accepts_what_was_predicted(offline, make_engine, spec, tree):
     head, texts, predicted = offline
     keys = {"tree": "chain", "num_speculative_tokens": 8} if tree == "chain" else {"num_speculative_tokens": NUM_NODES}
-    params = {"max_tokens": MAX_TOKENS, "temperature": 0.0, "ignore_eos": True}
-    batch = [{"prompt": text.input_ids[: text.prompt_length], "params": params} for text in texts]
-    with make_engine(spec(model=head, **keys)) as llm:
-        outputs = generate(llm, [batch])[0]
-        counters = spec_counters(llm)
-    for text, (sample,) in zip(texts, outputs, strict=True):
-        assert sample["token_ids"] == text.input_ids[text.prompt_length :][:MAX_TOKENS]
+    counters = served(make_engine, spec(model=head, **keys), texts)
     acceptance = predicted[tree]
     print(f"{tree}: {acceptance.drafts:.0f} drafts, tau {acceptance.tau:.3f}; engine {counters}")
     assert counters["drafts"] == acceptance.drafts > 20
     assert counters["accepted_tokens"] == pytest.approx((acceptance.tau - 1) * acceptance.drafts, abs=1e-6)
+
+
+@pytest.mark.parametrize(("keys", "temperature"), [({}, 0.0), ({}, 1.0), ({"tree": "chain"}, 0.0)])
+def test_without_a_head_the_engine_accepts_what_was_predicted(target, make_engine, spec, keys, temperature):
+    """Draft for draft also where each depends on all that were verified before: one request at a time."""
+    texts = texts_of(target, MAX_TOKENS + NUM_NODES, temperature)
+    run = Run(target, NUM_NODES, chain=bool(keys), temperature=temperature)
+    for text in texts:
+        run.read(text, last_anchor=text.prompt_length + MAX_TOKENS - 2)
+    alone = {"max_num_seqs": 1, "enable_prefix_caching": False}
+    counters = served(make_engine, spec(NUM_NODES, model=None, **keys), texts, temperature, **alone)
+    print(f"predicted {run.accepted}; engine {counters}")
+    assert counters["drafts"] == sum(map(len, run.accepted)) > 80
+    assert counters["accepted_tokens"] == sum(map(sum, run.accepted)) > 20

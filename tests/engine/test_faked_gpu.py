@@ -32,6 +32,7 @@ ENGINES = {
     "fixed": {"max_num_seqs": 64, **kvspec(16, budget="fixed")},
     "own schedule": {"max_num_seqs": 64, **kvspec(16, num_speculative_tokens_per_batch_size=[(1, 8, 16), (9, 64, 3)])},
     "no graphs": {"enforce_eager": True, **kvspec(16)},
+    "no head": kvspec(16, model=None),
 }
 AUTO = [name for name in ENGINES if name not in ("fixed", "own schedule", "no graphs") and not name.startswith("plain")]
 

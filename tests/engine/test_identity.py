@@ -11,16 +11,6 @@ from engine_runner import PLAIN_ENGINE, generate, spec_counters
 from requests_mix import ALL, BATCHES, CORE
 
 
-@pytest.fixture
-def check(reference, same):
-    """Send batches by name to an engine and compare with the plain reference."""
-
-    def run(llm, names: tuple[str, ...]) -> None:
-        same(generate(llm, [BATCHES[name]() for name in names]), [reference[name] for name in names])
-
-    return run
-
-
 @pytest.mark.parametrize(
     ("keys", "names"),
     [

@@ -129,6 +129,17 @@ def compare_with_definition(head, target, text: list[int], base, hidden, logits)
     torch.testing.assert_close(logits, wanted, atol=2e-3 * wanted.abs().max().item(), rtol=0)
 
 
+@by_type(argvalues=[case for case in SERVED if case.model_type in ("gemma2", "cohere2")])
+def test_text_without_a_head(case, targets, plain, make_engine, spec, same):
+    """What the first round taught is accepted in the second."""
+    directory, expected = targets[case.model_type], plain[case.model_type]
+    with make_engine(spec(num_speculative_tokens=12, model=None), model=str(directory), **ENGINE) as llm:
+        same(generate(llm, BATCHES), expected)
+        before = spec_counters(llm)["accepted_tokens"]
+        same(generate(llm, BATCHES), expected)
+        assert spec_counters(llm)["accepted_tokens"] > before + 10
+
+
 @by_type(argvalues=REFUSED)
 def test_refused_at_start_in_one_sentence(case, tmp_path, spec, make_engine):
     directory = write_target(case, tmp_path / "target")

@@ -23,6 +23,7 @@ from vllm_kvspec.kernels import (
     _paged_softmax,
     gumbel_noise,
     kv_compact,
+    recycle,
     tree_build,
     tree_candidates,
     tree_inputs,
@@ -31,6 +32,7 @@ from vllm_kvspec.kernels import (
 from vllm_kvspec.kernels import draft_inputs as inputs
 from vllm_kvspec.kernels import paged_draft_attention as draft
 from vllm_kvspec.kernels import reference_candidates as candidates
+from vllm_kvspec.kernels import reference_recycle as recycled
 from vllm_kvspec.kernels import tree_attention as tree
 
 MAX_ROWS, MAX_GROUP = 64, 16
@@ -164,6 +166,9 @@ def small_variants() -> list[Variant]:
     for nodes in (2, 64):
         variants += [Variant(call, dict(nodes=nodes), dict(nodes=nodes)) for call in (_tree_inputs, _tree_walk)]
         variants.append(Variant(_tree_build, dict(num_nodes=nodes - 1), dict(nodes=nodes)))
+    variants += [Variant(_recycle_update, {}, {}), Variant(_own_matches, {}, {})]
+    for nodes, coupled in product((1, 8, 16, 32, 63), (False, True)):
+        variants.append(Variant(_recycle_tree, dict(size=nodes, coupled=coupled), dict(nodes=nodes, coupled=coupled)))
     for heads, dim, dtype in ((8, 128, torch.bfloat16), (1, 64, torch.uint8), (32, 256, torch.bfloat16)):
         features = {"KV heads": heads, "D": dim, "dtype": str(dtype).removeprefix("torch.")}
         variants.append(Variant(_kv_compact, dict(heads=heads, dim=dim, dtype=dtype), features))
@@ -186,6 +191,26 @@ def _tree_walk(nodes: int) -> None:
 
 def _tree_build(num_nodes: int) -> None:
     tree_build.tree_build(torch.zeros(4, 256), longs(4, 256), ints(4, 256), num_nodes)
+
+
+def _recycle_update() -> None:
+    recycle.recycle_update(
+        recycled.empty_table(1024), longs(99, recycled.WIDTH), torch.zeros(99, recycled.WIDTH), input_ids=ints(512),
+        positions=longs(512), logits_indices=longs(99), idx_mapping=longs(99), local_pos=ints(99),
+        parent=ints(256, 33), owner=longs(256), text=ints(256, 4096),
+    )  # fmt: skip
+
+
+def _own_matches() -> None:
+    recycle.own_matches(ints(256, 32768), longs(4), ints(4))
+
+
+def _recycle_tree(size: int, coupled: bool) -> None:
+    recycle.recycle_tree(
+        recycled.empty_table(1024), ints(4, recycled.MATCHES), request=longs(4), base=ints(4),
+        temperature=torch.zeros(4), seed=longs(4), chain=ints(4), owner=longs(256), text=ints(256, 4096), size=size,
+        num_nodes=size, coupled=coupled,
+    )  # fmt: skip
 
 
 def _kv_compact(heads: int, dim: int, dtype: torch.dtype) -> None:
@@ -216,7 +241,7 @@ def _draft_inputs(state: bool) -> None:
 def candidate_variants() -> list[Variant]:
     """One level of a tree of candidates, from 151936 logits; a stride of 0 stands for their memory."""
     parents = {"1": (1, True), "8 sharing logits": (8, True), "8": (8, False)}
-    widths = {"4 ranked": (4, False), "8 at fixed places": (8, True)}
+    widths = {"4 ranked": (4, False), "8 at fixed places": (8, True), "8 of the last level": (8, False)}
     variants = []
     ranks = {"0": (0, False), "96": (96, False), "256": (256, False), "256 gated": (256, True)}
     for dtype, batch, (of, (p, shared)), (rank, (r, gated)), ids, coupled, (width, (w, fixed)) in product(
@@ -249,7 +274,9 @@ def candidate_variants() -> list[Variant]:
 def _tree_level(dtype, batch, num_parents, shared, rank, gated, width, fixed, ids, coupled) -> None:
     entries = 4096 if ids == "by parent" else 151936
     shape = (batch, num_parents)
-    level = candidates.Level(num_parents, width, 8, ints(num_parents * width) if fixed else None)
+    # A level of 8 ranked children serves to find a row's best tokens: none of them is a parent.
+    num_next = 0 if width == 8 and not fixed else 8
+    level = candidates.Level(num_parents, width, num_next, ints(num_parents * width) if fixed else None)
     parents = candidates.Parents(longs(*shape), torch.zeros(shape), ints(*shape))
     transition = torch.zeros(256, rank, dtype=dtype) if rank else None
     gate = torch.zeros(batch, 1, rank, dtype=dtype).expand(-1, num_parents, -1) if gated else None

@@ -131,6 +131,19 @@ def test_fewer_runs_are_not_compared_silently(report, tmp_path):
         load_reports([first, second])
 
 
+def test_without_a_head(directory, report, tmp_path):
+    """The same command without a head: runs through the same texts, each tree size its own."""
+    command = eval_command(directory / "texts.jsonl", tmp_path / "report.json")
+    at = command.index("--draft_model")
+    main([*command[:at], *command[at + 2 :], "--temperatures", "0", "--plot", str(tmp_path)])
+    found = json.loads((tmp_path / "report.json").read_text())
+    assert found["conditions"]["head"]["name"] == "no head" and "bottlenecks" not in found
+    (run,), trees = found["runs"], found["runs"][0]["trees"]
+    assert run["texts_sha256"] == report["runs"][0]["texts_sha256"]
+    assert list(trees) == ["chain", "4", "16"] and 1 <= trees["4"]["tau"] <= trees["16"]["tau"]
+    assert len(trees["16"]["conditional"]) == 8 and trees["16"]["fresh"] == [None] * 8
+
+
 def test_too_short_texts_are_refused(directory, tmp_path):
     arguments = ["eval", "--target_model", str(ROOT / "examples/tiny/target"), "--draft_model"]
     arguments += [str(ROOT / "examples/tiny/draft"), "--data_path", str(directory / "texts.jsonl")]

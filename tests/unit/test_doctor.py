@@ -27,6 +27,12 @@ def test_the_shipped_pair_is_healthy(capsys):
     assert "vLLM accepts the pair" in out and "FAILED" not in out and "left out" not in out
 
 
+def test_a_target_without_a_head(capsys):
+    main(["doctor", "--target_model", TARGET])
+    out = capsys.readouterr().out
+    assert "vLLM accepts the target" in out and "recycle" in out and "FAILED" not in out
+
+
 def test_a_head_of_another_target(tmp_path, capsys):
     from transformers import AutoConfig, AutoTokenizer
 
@@ -61,7 +67,7 @@ def test_a_damaged_head(tmp_path):
 
 
 def test_a_target_that_is_not_there(tmp_path):
-    assert set(failed(str(tmp_path / "nothing"))) == {"target"}
+    assert set(failed(str(tmp_path / "nothing"))) == {"target", "vLLM accepts the target"}
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from vllm_kvspec.eval.acceptance import (
     rejection_survival,
     text_acceptance,
 )
-from vllm_kvspec.eval.statistics import summarise
+from vllm_kvspec.eval.statistics import summarise, summarise_runs
 from vllm_kvspec.eval.texts import NoiseProcessor, Text, cached_texts, repeated_share
 from vllm_kvspec.kernels.reference import gumbel_noise, tree_build
 from vllm_kvspec.models.draft_head import KVSpecDraftModel, head_config_for
@@ -154,6 +154,14 @@ def test_free_run_of_probabilities_is_their_expectation():
     acceptance = summarise(survival)
     assert acceptance.drafts == pytest.approx(drafts, rel=1e-6)
     assert acceptance.tau == pytest.approx(tokens / drafts, rel=1e-6)
+
+
+def test_runs_are_summarised_over_their_own_drafts():
+    """Two texts of two drafts, one of them deeper than what is listed; a text without drafts counts for nothing."""
+    found = summarise_runs([[0, 3], [], [1, 0]], block=2)
+    assert (found.tau, found.tau_all, found.drafts, found.anchors) == (2.0, 2.0, 4, 4)
+    assert found.survival == [0.5, 0.25] and found.conditional == [0.5, 0.5]
+    assert all(math.isnan(x) for x in (*found.fresh, *found.gap, found.retention))
 
 
 def test_gap_compares_the_same_anchors():

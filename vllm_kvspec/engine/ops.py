@@ -26,6 +26,7 @@ if USE_TRITON:
     from vllm_kvspec.kernels.gumbel_noise import gumbel_noise
     from vllm_kvspec.kernels.kv_compact import kv_compact
     from vllm_kvspec.kernels.paged_draft_attention import paged_draft_attention
+    from vllm_kvspec.kernels.recycle import own_matches, recycle_tree, recycle_update
     from vllm_kvspec.kernels.tree_attention import tree_attention
     from vllm_kvspec.kernels.tree_build import tree_build
     from vllm_kvspec.kernels.tree_candidates import tree_candidates, tree_level
@@ -40,6 +41,7 @@ else:
         from vllm_kvspec.engine.cpu.kernels.candidates import tree_candidates, tree_level
         from vllm_kvspec.engine.cpu.kernels.gumbel import gumbel_noise
         from vllm_kvspec.engine.cpu.kernels.linear import PackedLinear
+        from vllm_kvspec.engine.cpu.kernels.recycle import own_matches, recycle_tree, recycle_update
         from vllm_kvspec.engine.cpu.kernels.trees import tree_build, tree_walk
     else:
         from vllm_kvspec.kernels.reference import (
@@ -50,6 +52,7 @@ else:
             tree_walk,
         )
         from vllm_kvspec.kernels.reference_candidates import tree_candidates, tree_level
+        from vllm_kvspec.kernels.reference_recycle import own_matches, recycle_tree, recycle_update
 
 
 def fixed_linear(weight: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -64,7 +67,10 @@ __all__ = [
     "fixed_linear",
     "gumbel_noise",
     "kv_compact",
+    "own_matches",
     "paged_draft_attention",
+    "recycle_tree",
+    "recycle_update",
     "tree_attention",
     "tree_build",
     "tree_candidates",

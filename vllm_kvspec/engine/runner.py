@@ -135,6 +135,7 @@ class KVSpecRunnerMixin(MeasuresStepCosts):
             rows = [self.req_states.req_id_to_index[request.req_id] for request in new]
             chain = [self.tree_state.only_chains or needs_chain(request.sampling_params) for request in new]
             self.tree_state.add_requests(rows, chain)
+            self.speculator.add_requests(rows, new)
 
     def prepare_attn(self, input_batch: InputBatch):
         # Slots come from flat positions, so vLLM computes them before the positions are rewritten.
@@ -166,7 +167,7 @@ class KVSpecRunnerMixin(MeasuresStepCosts):
         if input_batch.num_draft_tokens > 0:
             self._compact_kv(input_batch, num_sampled)
         else:
-            self.rejection_sampler.path = None
+            self.rejection_sampler.path = self.rejection_sampler.logits = None
         return output, num_sampled, num_rejected
 
     def _compact_kv(self, input_batch: InputBatch, num_sampled: torch.Tensor) -> None:

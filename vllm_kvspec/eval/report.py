@@ -13,7 +13,8 @@ from rich.table import Table
 
 from vllm_kvspec.assistant import MODEL_TYPES
 from vllm_kvspec.config import NOT_COMPARED, KVSpecDraftConfig, check_fingerprint, target_fingerprint
-from vllm_kvspec.eval.acceptance import Acceptance, evaluate, fitting_sizes, modes_at
+from vllm_kvspec.eval import recycle
+from vllm_kvspec.eval.acceptance import COUPLED, REJECTION, Acceptance, evaluate, fitting_sizes, modes_at
 from vllm_kvspec.eval.bottlenecks import bottlenecks
 from vllm_kvspec.eval.plots import plot_acceptance, plot_tau
 from vllm_kvspec.eval.report_file import ReportFile
@@ -23,6 +24,7 @@ from vllm_kvspec.models.target import weights_sha256
 from vllm_kvspec.train.data import cut_prompts, load_texts
 from vllm_kvspec.train.record import versions
 from vllm_kvspec.train.run import load_target
+from vllm_kvspec.tree import MAX_NODES
 
 # Attention maps and gradients are averages over thousands of rows after a few texts already.
 BOTTLENECK_TEXTS = 8
@@ -31,7 +33,7 @@ DIGITS = 4
 
 def measure(
     target_model: str,
-    draft_model: str,
+    draft_model: str | None,
     data_path: list[str],
     *,
     num_prompts: int,
@@ -51,6 +53,7 @@ def measure(
 ) -> dict:
     """Print the tables and return the numbers with the conditions they were measured under, as plain JSON.
 
+    ``draft_model`` None: what is drafted without a head, which has no bottlenecks and takes neither beam nor width.
     ``texts_dir``: where the target's texts are kept for the next head, or None. ``name``: what ``compare`` calls the
     head; heads of the same name are seeds of one recipe. ``output``: where the report is written after every run; the
     runs that an interrupted measurement of the same left there are taken over. Raises ValueError when no text is long
@@ -63,12 +66,14 @@ def measure(
             "it, and read tau from vLLM's counters (README, Metrics)."
         )
     target, tokenizer = load_target(target_model, getattr(torch, dtype))
-    head = KVSpecDraftModel.from_pretrained(draft_model, dtype=target.dtype).eval().to(target.device)
     fingerprint = target_fingerprint(target.config.get_text_config(), tokenizer)
-    check_fingerprint(head.config, fingerprint)
+    head, block, sizes = None, recycle.CHAIN, [n for n in num_nodes if n <= MAX_NODES]
+    if draft_model is not None:
+        head = KVSpecDraftModel.from_pretrained(draft_model, dtype=target.dtype).eval().to(target.device)
+        check_fingerprint(head.config, fingerprint)
+        block = head.config.draft_block_size
+        sizes = fitting_sizes(num_nodes, block, beam, width)
     prompts = cut_prompts(load_texts(data_path), tokenizer, num_prompts, prompt_length, seed)
-    block = head.config.draft_block_size
-    sizes = fitting_sizes(num_nodes, block, beam, width)
     conditions = {
         "command": command,
         "versions": versions(),
@@ -78,7 +83,7 @@ def measure(
             "weights_sha256": weights_sha256(target),
             "fingerprint": {key: value for key, value in fingerprint.items() if key not in NOT_COMPARED},
         },
-        "head": _describe_head(head, draft_model, name),
+        "head": _describe_head(head, draft_model, name) if head else _describe_no_head(name),
         "data_path": [str(path) for path in data_path],
         "prompts_sha256": digest(prompts),
         "num_prompts": num_prompts,
@@ -101,12 +106,19 @@ def measure(
     def run(temperature: float, mode: str) -> dict:
         texts, sha256 = texts_at(temperature)
         options = {"mode": mode, "temperature": temperature, "beam": beam, "width": width}
-        return _run(temperature, mode, texts, sha256, *evaluate(head, target, texts, sizes, **options))
+        if head:
+            found = evaluate(head, target, texts, sizes, **options)
+        else:
+            found = recycle.evaluate(target, texts, sizes, coupled=mode == COUPLED, temperature=temperature)
+        return _run(temperature, mode, texts, sha256, *found)
 
     for temperature in temperatures:
         for mode in modes_at(temperature):
+            # Its probabilities are those of a few tokens, so there is no rejection sampling to compare with.
+            if mode == REJECTION and head is None:
+                continue
             print_run(file.run(temperature, mode, run))
-    if with_bottlenecks:
+    if with_bottlenecks and head:
         first = temperatures[0]
         print_bottlenecks(
             file.bottlenecks(lambda: _rounded(bottlenecks(head, target, texts_at(first)[0][:BOTTLENECK_TEXTS], first)))
@@ -143,6 +155,13 @@ def _describe_head(head: KVSpecDraftModel, path: str, name: str | None) -> dict:
         "seed": training.get("seed"),
         "config": {key: value for key, value in config.items() if key not in ("target", "speculators_config")},
     }
+
+
+def _describe_no_head(name: str | None) -> dict:
+    return {
+        "path": None, "name": name or "no head", "weights_sha256": None, "parameters": 0, "steps": None, "seed": None,
+        "config": {},
+    }  # fmt: skip
 
 
 def paradigm(config: KVSpecDraftConfig) -> str:

@@ -5,7 +5,7 @@ Every figure is a ratio of sums over the texts, so that the bootstrap over texts
 counts of the texts times numerators and denominators.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -111,12 +111,15 @@ def summarise(survival: list[torch.Tensor], seed: int = 0) -> Acceptance:
 
     Standard errors: the standard deviation of each figure over ``RESAMPLES`` draws of the texts with replacement.
     """
-    per_text = [text_sums(text.double()) for text in survival]
+    return _summary([text_sums(text.double()) for text in survival], seed)
+
+
+def _summary(per_text: list[dict[str, torch.Tensor]], seed: int) -> Acceptance:
+    """The figures and their errors, from the sums of each text."""
     stacked = {name: torch.stack([sums[name] for sums in per_text]) for name in per_text[0]}
     found = _ratios({name: sums.sum(0) for name, sums in stacked.items()})
-
     generator = torch.Generator().manual_seed(seed)
-    draws = torch.randint(len(survival), (RESAMPLES, len(survival)), generator=generator)
+    draws = torch.randint(len(per_text), (RESAMPLES, len(per_text)), generator=generator)
     counts = torch.zeros(draws.shape, dtype=torch.float64).scatter_add_(1, draws, torch.ones_like(draws).double())
     resampled = _ratios({name: torch.tensordot(counts, sums, dims=1) for name, sums in stacked.items()})
     errors = {f"{name}_se": _spread(values) for name, values in resampled.items()}
@@ -126,3 +129,21 @@ def summarise(survival: list[torch.Tensor], seed: int = 0) -> Acceptance:
         anchors=int(stacked["anchors"].sum()),
         **{name: figures[name] for name in Acceptance.__dataclass_fields__ if name in figures},
     )
+
+
+def summarise_runs(accepted: list[list[int]], block: int, seed: int = 0) -> Acceptance:
+    """Acceptance of drafts that only a run has: ``accepted`` holds the accepted tokens of every draft, by text.
+
+    The anchors are those of the run; lists end at depth ``block``; what needs other anchors is NaN.
+    """
+    deepest = max([block, *(count for text in accepted for count in text)])
+    depths, none = torch.arange(deepest + 1), torch.zeros(deepest, dtype=torch.float64)
+    sums = []
+    for text in filter(None, accepted):
+        reached = (torch.tensor(text)[:, None] >= depths).double().sum(0)
+        drafts = {"drafts": reached[0], "anchors": reached[0], "run": reached, "all": reached}
+        sums.append(drafts | {"right": none, "right_next": none, "right_fresh": none})
+    found = _summary(sums, seed)
+    short = {name: value[:block] for name, value in vars(found).items() if isinstance(value, list)}
+    # No depth is comparable with the first: the drafts that went deep are others.
+    return replace(found, **short, retention=float("nan"), retention_se=float("nan"))

@@ -12,26 +12,47 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from vllm_kvspec.engine.batch_sizes import max_step_rows
-from vllm_kvspec.engine.budget.choice import Acceptance, MeasuredCosts, NodeBudget, Roofline, decoder_pass, read_costs
+from vllm_kvspec.engine.budget.choice import (
+    NO_PASS,
+    Acceptance,
+    MeasuredCosts,
+    NodeBudget,
+    Roofline,
+    acceptance_profile,
+    decoder_pass,
+    read_costs,
+)
 
 logger = init_logger("vllm.kvspec.budget")
 
 # Fewer accepted tokens than this, per draft of the first so many, is no acceptance to speak of.
 LEAST_ACCEPTED, WATCHED_DRAFTS = 0.1, 200
+WITH_HEAD = (
+    "Likely causes: the head was trained for other weights of this target (another fine-tune, quantised), with another "
+    "chat template or thinking mode, or on other text (language, domain). `vllm-kvspec eval` measures a head on your "
+    "text, `vllm-kvspec train` makes one for it."
+)
+WITHOUT_HEAD = (
+    "Little of this text repeats what the target or the prompts said before; a head trained for the target does not "
+    "depend on that: `vllm-kvspec prepare` and `vllm-kvspec train` make one."
+)
 
 
 def create_budget(vllm_config) -> NodeBudget:
     """The budget of an engine: its roofline, or the cost table that the user gave."""
     config = vllm_config.speculative_config
-    head = config.draft_model_config.hf_config
+    head = config.head_config
     if config.budget_costs:
         costs = read_costs(config.budget_costs)
     else:
         shards = vllm_config.parallel_config.tensor_parallel_size
         element_bytes = vllm_config.model_config.dtype.itemsize
         target = decoder_pass(vllm_config.model_config.hf_text_config, element_bytes, shards)
-        costs = Roofline(target, decoder_pass(head, element_bytes, shards), head.draft_block_size)
-    acceptance = Acceptance(getattr(head, "acceptance_profile", None))
+        if head is None:
+            costs = Roofline(target, NO_PASS, 0)
+        else:
+            costs = Roofline(target, decoder_pass(head, element_bytes, shards), head.draft_block_size)
+    acceptance = Acceptance(acceptance_profile(head))
     return NodeBudget(costs, acceptance, config.node_sizes, max_step_rows(vllm_config))
 
 
@@ -57,6 +78,17 @@ class NodesByLoad:
         return nodes
 
 
+class TellsSalts:
+    """Tells the workers each new request's ``cache_salt``, which stays in the scheduler otherwise."""
+
+    def schedule(self, *args, **kwargs):
+        output = super().schedule(*args, **kwargs)
+        for new in output.scheduled_new_reqs:
+            # A plain attribute on vLLM's dataclass: pickled with it.
+            new.kvspec_salt = self.requests[new.req_id].cache_salt
+        return output
+
+
 class WatchesAcceptance:
     """Says once when next to nothing is accepted: the text is right then too, so nothing else would."""
 
@@ -67,14 +99,13 @@ class WatchesAcceptance:
             self._drafts += 1
             self._accepted += num_accepted_tokens
             if self._drafts == WATCHED_DRAFTS and self._accepted < LEAST_ACCEPTED * WATCHED_DRAFTS:
+                without_head = self.vllm_config.speculative_config.head_config is None
                 logger.warning(
                     "kvspec: of the first %d drafts only %d tokens were accepted. The text is right, but drafting "
-                    "costs time for nothing. Likely causes: the head was trained for other weights of this target "
-                    "(another fine-tune, quantised), with another chat template or thinking mode, or on other text "
-                    "(language, domain). `vllm-kvspec eval` measures a head on your text, `vllm-kvspec train` makes "
-                    "one for it.",
+                    "costs time for nothing. %s",
                     self._drafts,
                     self._accepted,
+                    WITHOUT_HEAD if without_head else WITH_HEAD,
                 )
         return super().make_spec_decoding_stats(
             spec_decoding_stats, num_draft_tokens, num_accepted_tokens, *args, **kwargs
@@ -107,4 +138,4 @@ def create_scheduler(vllm_config, *args, **kwargs) -> Scheduler:
     asynchronous is known only once the engine is configured."""
     stock = AsyncScheduler if vllm_config.scheduler_config.async_scheduling else Scheduler
     chooses = [ChoosesNodes] if vllm_config.speculative_config.budget == "auto" else []
-    return type("KVSpecScheduler", (WatchesAcceptance, *chooses, stock), {})(vllm_config, *args, **kwargs)
+    return type("KVSpecScheduler", (WatchesAcceptance, TellsSalts, *chooses, stock), {})(vllm_config, *args, **kwargs)

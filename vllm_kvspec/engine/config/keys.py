@@ -21,8 +21,10 @@ logger = init_logger("vllm.kvspec.config")
 
 # Best prefixes of a level that are expanded into children (see tree.plan_levels).
 TREE_BEAM = 8
-# Default of num_speculative_tokens, as the head's speculators keys say it.
-DEFAULT_NODES_PER_POSITION = 2
+# Default of tree_width.
+TREE_WIDTH = 4
+# Defaults of num_speculative_tokens: with a head as its speculators keys say it, and without one.
+DEFAULT_NODES_PER_POSITION, DEFAULT_NODES_WITHOUT_HEAD = 2, 16
 
 # SpeculativeConfig's own keys. Every one is in exactly one of the two tables: vLLM acts on most of them in the
 # ``__post_init__`` that ours replaces, so a key in neither would be ignored without a word.
@@ -90,6 +92,15 @@ def base_defaults() -> dict[str, Any]:
     return {f.name: getattr(f.default, "default", f.default) for f in fields(SpeculativeConfig)}
 
 
+def check_num_nodes(nodes: int) -> None:
+    """Raise ValueError unless ``nodes`` is 1 to 63."""
+    if not 1 <= nodes <= MAX_NODES:
+        raise ValueError(
+            "kvspec's num_speculative_tokens is the number of tree nodes without the root and must be 1 to "
+            f"{MAX_NODES} (an ancestor mask is one 64-bit integer); found {nodes}."
+        )
+
+
 @config
 class KVSpecConfig(SpeculativeConfig):
     """``SpeculativeConfig`` with kvspec's keys. An instance passes vLLM's type check and is pickled to the workers."""
@@ -98,14 +109,19 @@ class KVSpecConfig(SpeculativeConfig):
     tree: str | list[int] = "auto"
     """``"auto"``: the head's scores choose the tree, anew in every step. ``"chain"``: no branches. A list of widths per
     depth (``[4, 2, 1]``) or of parents (``[0, 0, 1]``: the parent of nodes 1, 2, 3): a fixed shape."""
-    tree_width: int = 4
+    tree_width: int = TREE_WIDTH
     """Children considered per node when ``tree`` is ``"auto"``."""
     tree_depth: int | None = None
     """Levels at most when ``tree`` is ``"auto"``: by default the head's block, or ``assistant.DEFAULT_DEPTH``."""
     draft_noise: Literal["coupled", "none"] = "coupled"
     """At temperature > 0, rank candidates under the very Gumbel noise the target will sample with, or without it."""
-    drafter: Literal["head", "oracle", "random"] = "head"
-    """``"oracle"`` and ``"random"`` are for tests: they place known or random tokens on random trees."""
+    drafter: Literal["head", "recycle", "oracle", "random"] | None = None
+    """None: ``"head"`` with a model, ``"recycle"`` without: successors from the target's own earlier logits and the
+    request's own text. ``"oracle"`` and ``"random"`` are for tests: they place known or random tokens on random
+    trees."""
+    recycle_scope: Literal["salt", "request"] = "salt"
+    """For ``drafter: "recycle"``: who learns from whom. ``"salt"``: requests of the same ``cache_salt``, those without
+    one among themselves. ``"request"``: nobody."""
     budget: Literal["auto", "fixed"] = "auto"
     """``"auto"``: at most ``num_speculative_tokens`` nodes, fewer or none when the load makes that faster. ``"fixed"``:
     always that many. ``num_speculative_tokens_per_batch_size``, when given, wins over both."""
@@ -123,7 +139,21 @@ class KVSpecConfig(SpeculativeConfig):
     def __post_init__(self):
         """Replaces the base class's: no method detection by substrings of the path. Raises ValueError."""
         target = self.target_model_config
+        if self.drafter is None:
+            self.drafter = "head" if self.model else "recycle"
         self._refuse_options()
+        tp = self.target_parallel_config.tensor_parallel_size
+        if self.draft_tensor_parallel_size not in (None, tp):
+            raise ValueError(
+                f"kvspec shards the head as the target's KV heads are sharded: draft_tensor_parallel_size must be {tp}"
+                f"; found {self.draft_tensor_parallel_size}. Leave the key out."
+            )
+        self.draft_tensor_parallel_size = tp
+        if self.drafter == "recycle":
+            self._resolve_without_head()
+            # As vLLM does for drafters without a model.
+            self.draft_model_config, self.draft_parallel_config = target, self.target_parallel_config
+            return
         head, as_head = load_head_config(self.model, self.revision), None
         if not isinstance(head, KVSpecDraftConfig):
             layers = source_layers(head, target.hf_text_config)
@@ -151,13 +181,6 @@ class KVSpecConfig(SpeculativeConfig):
             config_format=target.config_format,
             hf_overrides=as_head or {},
         )
-        tp = self.target_parallel_config.tensor_parallel_size
-        if self.draft_tensor_parallel_size not in (None, tp):
-            raise ValueError(
-                f"kvspec shards the head as the target's KV heads are sharded: draft_tensor_parallel_size must be {tp}"
-                f"; found {self.draft_tensor_parallel_size}. Leave the key out."
-            )
-        self.draft_tensor_parallel_size = tp
         self.draft_parallel_config = self.create_draft_parallel_config(
             self.target_parallel_config, tp, self.draft_model_config
         )
@@ -197,6 +220,23 @@ class KVSpecConfig(SpeculativeConfig):
         """Levels of a tree of ``head`` at most."""
         return min(head.draft_block_size, self.tree_depth or head.draft_block_size)
 
+    def _resolve_without_head(self) -> None:
+        """Settle ``num_speculative_tokens`` where any tree can be filled. Raises ValueError for keys of heads."""
+        if self.model:
+            raise ValueError(
+                f'kvspec\'s drafter "recycle" uses no head; found model {self.model!r}. Leave one of the two out.'
+            )
+        if self.parents or self.tree_width != TREE_WIDTH or self.tree_depth:
+            raise ValueError(
+                f"kvspec's tree of fixed shape, width or depth needs a head; found tree {self.tree!r}, tree_width "
+                f'{self.tree_width}, tree_depth {self.tree_depth} without one. Leave them out, or set "tree" to '
+                '"chain".'
+            )
+        nodes = self.num_speculative_tokens
+        self.num_speculative_tokens = DEFAULT_NODES_WITHOUT_HEAD if nodes is None else nodes
+        check_num_nodes(self.num_speculative_tokens)
+        self._resolve_synthetic(self.num_speculative_tokens, self.num_speculative_tokens)
+
     def _resolve_tree(self, head: KVSpecDraftConfig) -> None:
         """Settle ``num_speculative_tokens`` and check that the head can fill the tree."""
         parents = self.parents
@@ -204,11 +244,7 @@ class KVSpecConfig(SpeculativeConfig):
         if nodes is None:
             per_position = 1 if self.tree == "chain" else DEFAULT_NODES_PER_POSITION
             nodes = len(parents) if parents else per_position * self.max_depth(head)
-        if not 1 <= nodes <= MAX_NODES:
-            raise ValueError(
-                "kvspec's num_speculative_tokens is the number of tree nodes without the root and must be 1 to "
-                f"{MAX_NODES} (an ancestor mask is one 64-bit integer); found {nodes}."
-            )
+        check_num_nodes(nodes)
         if parents and len(parents) != nodes:
             raise ValueError(
                 f"kvspec's tree {self.tree} has {len(parents)} nodes, but num_speculative_tokens is {nodes}. "
@@ -257,6 +293,11 @@ class KVSpecConfig(SpeculativeConfig):
         """Whether the head works at every position of the target; asked from 0.33 on, where another draft's own limit
         lowers the target's. The head's rotary cache is sized by the target's ``max_model_len``."""
         return True
+
+    @property
+    def head_config(self) -> KVSpecDraftConfig | None:
+        """The head's config.json, None without a head."""
+        return None if self.drafter == "recycle" else self.draft_model_config.hf_config
 
     @property
     def node_sizes(self) -> list[int]:

@@ -11,13 +11,14 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from vllm_kvspec import __version__
 from vllm_kvspec.config import has_attention_sinks
-from vllm_kvspec.engine.budget.choice import Acceptance, budget_sizes, read_costs
+from vllm_kvspec.engine.budget.choice import Acceptance, acceptance_profile, budget_sizes, read_costs
 from vllm_kvspec.engine.config.keys import KVSpecConfig
 from vllm_kvspec.engine.config.refusals import CPU_WORKER, CUDA_WORKER, refuse_engine_options
 from vllm_kvspec.engine.verify.attention_registry import CUDA_BACKENDS, register_cuda_backend
 
 logger = init_logger("vllm.kvspec.config")
 
+NO_HEAD = "head=none (a head trained for this target, by `vllm-kvspec prepare` and `train`, gets more accepted)"
 SCHEDULER = "vllm_kvspec.engine.budget.scheduler.create_scheduler"
 
 
@@ -100,7 +101,7 @@ def _settle_budget(engine_args: Any, config: KVSpecConfig, parallel: ParallelCon
             'Leave the flag out, or set "budget" to "fixed" in the speculative config.'
         )
     # Refuses a malformed profile now, not in the scheduler.
-    Acceptance(getattr(config.draft_model_config.hf_config, "acceptance_profile", None))
+    Acceptance(acceptance_profile(config.head_config))
     ceiling = config.num_speculative_tokens
     sizes = budget_sizes(ceiling)
     if config.budget_costs:
@@ -140,20 +141,28 @@ def create_kvspec_config(
     select_attention_backend(engine_args, kvspec)
     select_budget(engine_args, kvspec, target_parallel_config)
     target_parallel_config.worker_cls = CPU_WORKER if current_platform.is_cpu() else CUDA_WORKER
-    head = kvspec.draft_model_config.hf_config
+    _log_choice(kvspec)
+    return kvspec
+
+
+def _log_choice(kvspec: KVSpecConfig) -> None:
+    head = kvspec.head_config
+    described = (
+        NO_HEAD
+        if head is None
+        else (
+            f"head={kvspec.model} context={head.context} target_kv_layers={head.target_kv_layer_ids} "
+            f"block={head.draft_block_size}"
+        )
+    )
     logger.info(
-        "kvspec %s: target=%s head=%s context=%s target_kv_layers=%s block=%d tree=%s nodes=%d draft_noise=%s "
-        "drafter=%s budget=%s",
+        "kvspec %s: target=%s %s tree=%s nodes=%d draft_noise=%s drafter=%s budget=%s",
         __version__,
-        target_model_config.model,
-        kvspec.model,
-        head.context,
-        head.target_kv_layer_ids,
-        head.draft_block_size,
+        kvspec.target_model_config.model,
+        described,
         kvspec.tree,
         kvspec.num_speculative_tokens,
         kvspec.draft_noise,
         kvspec.drafter,
         kvspec.budget,
     )
-    return kvspec

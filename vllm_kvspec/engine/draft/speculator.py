@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Proposes a tree per request from the target's own KV cache. Called by vLLM after each verification step."""
+"""Proposes a tree per request, by a head from the target's own KV cache or without one. Called by vLLM after each
+verification step."""
 
 from typing import Any
 
@@ -16,6 +17,7 @@ from vllm_kvspec.engine.batch_sizes import max_step_rows
 from vllm_kvspec.engine.draft.assistant_drafter import AssistantDrafter
 from vllm_kvspec.engine.draft.graphs import DrafterGraphs
 from vllm_kvspec.engine.draft.head_drafter import Drafter
+from vllm_kvspec.engine.draft.recycle import RecycleDrafter
 from vllm_kvspec.engine.target_kv import empty_layer, layers_by_index, paged_layer
 from vllm_kvspec.engine.verify.tree_state import TreeState
 from vllm_kvspec.kernels.reference_draft_inputs import DraftRows
@@ -35,11 +37,11 @@ class KVSpecSpeculator(DraftModelSpeculator):
         self.req_states = req_states
         self.max_rows = max_step_rows(vllm_config)
         self.state = TreeState(self.max_num_reqs, self.num_speculative_steps, device)
-        self.rows = self._new_rows(self.draft_model_config.hf_config)
+        self.rows = self._new_rows(config.head_config)
         # vLLM drops this attribute's value, by its type, between profiling and serving.
         self.graphs: DrafterGraphs | None = None
         self.test_drafter = None
-        if config.drafter != "head":
+        if config.drafter in ("oracle", "random"):
             from vllm_kvspec.engine.draft.test_drafters import TestDrafter
 
             self.test_drafter = TestDrafter(config, req_states, self.vocab_size)
@@ -47,13 +49,16 @@ class KVSpecSpeculator(DraftModelSpeculator):
     def _new_rows(self, head_config) -> DraftRows:
         dtypes = (torch.int64, torch.int32, torch.int64, torch.float32, torch.int64, torch.int32)
         columns = (torch.zeros(self.max_num_reqs, dtype=dtype, device=self.device) for dtype in dtypes)
-        if head_config.context == "kv":
+        if head_config is None or head_config.context == "kv":
             return DraftRows(*columns, None)
         size = (self.max_num_reqs, self.hidden_size)
         return DraftRows(*columns, torch.zeros(size, dtype=self.dtype, device=self.device))
 
     def load_draft_model(self, target_model: nn.Module, target_attn_layer_names: set[str]) -> nn.Module:
         config = self.vllm_config.speculative_config
+        if config.head_config is None:
+            self.drafter = RecycleDrafter(config, self.req_states, self.device)
+            return self.drafter
         head = get_model(
             vllm_config=self.vllm_config,
             model_config=self.draft_model_config,
@@ -77,12 +82,20 @@ class KVSpecSpeculator(DraftModelSpeculator):
         """The target or the head was given other weights in place."""
         self.drafter.weights_changed()
 
+    def add_requests(self, rows: list[int], requests: list) -> None:
+        """``requests`` (vLLM's NewRequestData) have got the request states ``rows``."""
+        if self.speculative_config.head_config is None:
+            self.drafter.add_requests(rows, requests)
+
     def release_target_kv(self) -> None:
         """Keep no KV cache alive: a new one is about to be allocated."""
-        self.drafter.bind([], [])
+        if self.speculative_config.head_config is not None:
+            self.drafter.bind([], [])
 
     def bind_target_kv(self, kv_cache_config, static_forward_context: dict) -> None:
         """Find the target layers the head reads. Called whenever KV caches are (re)allocated. Raises ValueError."""
+        if self.speculative_config.head_config is None:
+            return
         names = layers_by_index(kv_cache_config)
         wanted = self.model.config.target_kv_layer_ids
         if missing := [i for i in wanted if i not in names]:
@@ -139,6 +152,7 @@ class KVSpecSpeculator(DraftModelSpeculator):
         positions [0, base) and the anchor, at position ``base``, has none yet. A dummy run drafts for padding only.
         """
         num_reqs = input_batch.num_reqs
+        logits, self.rejection_sampler.logits = self.rejection_sampler.logits, None
         if is_profile and self.test_drafter is None:
             self._draft_widest(num_reqs)
             return self.draft_tokens[:num_reqs]
@@ -150,6 +164,8 @@ class KVSpecSpeculator(DraftModelSpeculator):
             return self.draft_tokens[:num_reqs].zero_()
         if self.test_drafter is not None:
             return self._propose_test_trees(input_batch.idx_mapping)
+        if self.speculative_config.head_config is None and logits is not None:
+            self.drafter.learn(logits, input_batch, self.state.parent)
         with_chains = bool(self.drafter.parents) and self.state.any_chain(input_batch.idx_mapping_np)
         how = self._dispatch(num_reqs, nodes, with_chains)
         ops.draft_inputs(

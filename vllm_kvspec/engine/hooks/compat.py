@@ -34,6 +34,7 @@ RUNNER_CONTRACT = {
     ("vllm.v1.worker.gpu_worker", "Worker._make_model_runner"): ("self",),
     ("vllm.v1.worker.gpu_worker", "Worker.compile_or_warm_up_model"): ("self",),
     ("vllm.v1.worker.gpu_worker", "Worker.finish_weight_update"): ("self",),
+    ("vllm.v1.core.sched.scheduler", "Scheduler.schedule"): ("self",),
     ("vllm.v1.core.sched.scheduler", "Scheduler.update_from_output"): (
         "self",
         "scheduler_output",

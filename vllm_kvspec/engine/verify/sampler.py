@@ -28,13 +28,15 @@ from vllm_kvspec.engine.verify.tree_state import TreeState
 class TreeRejectionSampler(RejectionSampler):
     """vLLM's RejectionSampler with the acceptance rule replaced; chunking and logprobs are kept.
 
-    After a call, ``path`` int32 [B, N1] holds each request's accepted nodes by depth (identity beyond them).
+    After a call, ``path`` int32 [B, N1] holds each request's accepted nodes by depth (identity beyond them), and
+    ``logits`` [L, V] what was verified, until the drafter has seen it.
     """
 
     def __init__(self, sampler, spec_config, device: torch.device, state: TreeState):
         super().__init__(sampler, spec_config, device)
         self.state = state
         self.path: torch.Tensor | None = None
+        self.logits: torch.Tensor | None = None
         # Of the call that is under way, and of its latest chunk of requests.
         self._logprobs_dims: tuple[int, int] | None = None
         self._chunk_paths: list[torch.Tensor] = []
@@ -53,6 +55,7 @@ class TreeRejectionSampler(RejectionSampler):
         self._chunk_paths = []
         self._logprobs_dims = self.sampler.get_logprobs_dims(input_batch.idx_mapping_np)
         output = super().__call__(logits, batch, None, invalid_drafts)
+        self.logits = logits
         self.path = self._chunk_paths[0] if len(self._chunk_paths) == 1 else torch.cat(self._chunk_paths)
         return output
 

@@ -1,0 +1,294 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Torch twins of ``recycle``: trees from the target's own earlier logits and the request's own text, without a head.
+
+Whatever the target computed for a row says what may follow that row's last two tokens: the row's best ``WIDTH`` tokens
+with their log-probabilities go into a hash table under both of them and, as a fallback, under the last alone (Token
+Recycling, arXiv 2408.08696, with longer keys and probabilities). Earlier places of the request's own text that end as
+it ends now say it too (prompt lookup), all of the best ``MATCHES`` places at once. Where a token was never seen, the
+other candidates of its own place stand in (the guess of LogitSpec: the next logits resemble the last). A tree grows
+best node first from what these say, so its first n nodes are the best tree of n nodes.
+
+Words beside those of ``reference``: S = slots of the table, W = WIDTH, Lmax = columns of the text.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from vllm_kvspec.kernels.reference import _murmur_finish, _murmur_mix, gumbel_noise_at
+
+# Successors of a context, and earlier places of the text that are followed.
+WIDTH = 8
+MATCHES = 8
+# The longest suffix that is told apart, and the bits of a position beside its length in a match.
+LONGEST = 8
+POSITION_BITS = 27
+# How far a source is believed: a table's probabilities by the kind of their key, two tokens, one, or another place's;
+# 1 - exp(-MATCH_RATE * n) after n tokens of the text that agree; of several places by exp(LENGTH_RATE * n).
+PAIR_TRUST, TOKEN_TRUST, GUESS_TRUST = 0.9, 0.6, 0.5
+MATCH_RATE, LENGTH_RATE = 0.29, 1.1
+# The least that is left for tokens which no source knows.
+REST = 0.02
+# Greedy decoding takes the best token, surer than its probability says: see ``reference_candidates.ranking_scale``.
+GREEDY_SCALE = 0.5
+
+
+class RecycleTable(NamedTuple):
+    """``owner`` int64 [S], whose entry it is; ``context`` int64 [S], the two tokens as ``before * 2**32 + token``, with
+    ``before`` -1 for the last token alone, and -1 as a whole for an empty slot; ``token`` int32 and ``log_prob`` fp32
+    [S, W]. Single tokens have the first half of the slots, pairs the second. S is a power of two."""
+
+    owner: torch.Tensor
+    context: torch.Tensor
+    token: torch.Tensor
+    log_prob: torch.Tensor
+
+
+def empty_table(slots: int, device: torch.device | None = None) -> RecycleTable:
+    """A table that knows nothing. Raises ValueError unless ``slots`` is a power of two, at least 2."""
+    if slots < 2 or slots & (slots - 1):
+        raise ValueError(f"A table must have a power of two of slots, at least 2; got {slots}.")
+    return RecycleTable(
+        torch.zeros(slots, dtype=torch.int64, device=device),
+        torch.full((slots,), -1, dtype=torch.int64, device=device),
+        torch.zeros(slots, WIDTH, dtype=torch.int32, device=device),
+        torch.full((slots, WIDTH), float("-inf"), device=device),
+    )
+
+
+def slot_of(owner: torch.Tensor, before: torch.Tensor, token: torch.Tensor, slots: int) -> torch.Tensor:
+    """The only slot int64 where the entry of a context can be; arguments int, of one shape."""
+    owner = owner.long()
+    h = _murmur_mix(torch.zeros_like(owner, dtype=torch.int32), owner.int())
+    h = _murmur_mix(h, (owner >> 32).int())
+    h = _murmur_mix(_murmur_mix(h, before.int()), token.int())
+    return (_murmur_finish(h ^ 16).long() & (slots // 2 - 1)) + (before >= 0) * (slots // 2)
+
+
+def context_of(before: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
+    """The key int64 of a context; arguments int."""
+    return (before.long() << 32) + token.long()
+
+
+def recycle_update(
+    table: RecycleTable,
+    token: torch.Tensor,
+    log_prob: torch.Tensor,
+    *,
+    input_ids: torch.Tensor,
+    positions: torch.Tensor,
+    logits_indices: torch.Tensor,
+    idx_mapping: torch.Tensor,
+    local_pos: torch.Tensor,
+    parent: torch.Tensor,
+    owner: torch.Tensor,
+    text: torch.Tensor,
+) -> None:
+    """Learn what the target said may follow each of L rows, accepted or not.
+
+    A slot that several rows want gets the last one's entry, so all ranks of a tensor-parallel target have equal tables.
+
+    Args:
+        token, log_prob: int64 and fp32 ``[L, W]``, the best successors of each row.
+        input_ids: int ``[T]``, the step's tokens.
+        positions: int64 ``[T]``, of tree rows their depth positions.
+        logits_indices: int64 ``[L]``, where in the step a row is.
+        idx_mapping: int ``[L]``, each row's request.
+        local_pos: int ``[L]``, each row's node, 0 for a root or a request without a tree.
+        parent: int32 ``[R, N1]``.
+        owner: int64 ``[R]``.
+        text: int32 ``[R, Lmax]``, each request's tokens.
+    """
+    rows = torch.arange(len(logits_indices), device=token.device)
+    request, node = idx_mapping.long(), local_pos.long()
+    last = input_ids[logits_indices].long()
+    above = (rows - node + parent[request, node]).clamp(min=0)
+    is_root = (node == 0) & (positions[logits_indices] > 0)
+    earlier = text[request, torch.where(is_root, positions[logits_indices] - 1, 0)].long()
+    pair = torch.where(node > 0, last[above], torch.where(is_root, earlier, -1))
+    for before in (torch.full_like(last, -1), pair):
+        slot = slot_of(owner[request], before, last, len(table.owner))
+        valid = (before >= 0) | (before is not pair)
+        later = (slot[None, :] == slot[:, None]) & (rows[None, :] > rows[:, None]) & valid[None, :]
+        kept = valid & ~later.any(1)
+        where = slot[kept]
+        table.owner[where] = owner[request][kept]
+        table.context[where] = context_of(before, last)[kept]
+        table.token[where] = token[kept].int()
+        table.log_prob[where] = log_prob[kept]
+
+
+def own_matches(text: torch.Tensor, request: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+    """Earlier places of each request's text that end as it does: int32 ``[B, MATCHES]``, best first, 0 for none.
+
+    A match is ``length << POSITION_BITS | position``: the tokens up to ``position`` and those up to ``base`` agree in
+    their last ``length`` tokens, at most LONGEST. Longer ones are better, then later ones.
+
+    Args:
+        text: int32 ``[R, Lmax]``.
+        request: int64 ``[B]``; R or more: padding, without matches.
+        base: int32 ``[B]``, position of the last token.
+    """
+    found = torch.zeros(len(request), MATCHES, dtype=torch.int32, device=text.device)
+    for b, (r, end) in enumerate(zip(request.tolist(), base.tolist(), strict=True)):
+        if r >= len(text):
+            continue
+        tokens = text[r, : end + 1].tolist()
+        keys = []
+        for position in range(end):
+            length = 0
+            while length < LONGEST and length <= position and tokens[position - length] == tokens[end - length]:
+                length += 1
+            if length:
+                keys.append(length << POSITION_BITS | position)
+        for k, key in enumerate(sorted(keys, reverse=True)[:MATCHES]):
+            found[b, k] = key
+    return found
+
+
+def recycle_tree(
+    table: RecycleTable,
+    matches: torch.Tensor,
+    *,
+    request: torch.Tensor,
+    base: torch.Tensor,
+    temperature: torch.Tensor,
+    seed: torch.Tensor,
+    chain: torch.Tensor,
+    owner: torch.Tensor,
+    text: torch.Tensor,
+    size: int,
+    num_nodes: int,
+    coupled: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Trees of ``num_nodes`` nodes at most, in the shape of trees of N = ``size``.
+
+    The best child so far, of any node of the tree, becomes the next node, until there are enough; equal scores: the
+    lowest node, then the table before the matches. A child v of a node scores the node's score plus the log-softmax
+    over all that is known of ``log p(v) / scale + noise(v)``; p mixes the sources, which is why a token that several
+    name is one child, and what is left of 1 counts as one more token. With ``coupled`` and a temperature above 0 the
+    noise is the target's at ``base + depth`` of the node; the scale is the temperature, and GREEDY_SCALE at 0.
+
+    Args:
+        matches: int32 ``[B, MATCHES]`` of ``own_matches``.
+        request: int64 ``[B]``; R or more: padding, whose tree is empty.
+        base: int32 ``[B]``; the root is the text's token there.
+        temperature: fp32 ``[B]``; seed: int64 ``[B]``.
+        chain: int32 ``[B]``, nonzero: only the last node gets a child.
+        owner: int64 ``[R]``; text: int32 ``[R, Lmax]``.
+
+    Returns:
+        As ``reference.tree_build``; unused nodes continue as a chain of token 0.
+    """
+    trees = []
+    for b, r in enumerate(request.tolist()):
+        options = (temperature[b].item(), seed[b : b + 1], bool(chain[b]), coupled)
+        tree = _Tree([], 0)
+        if r < len(text):
+            tree = _Tree(text[r, : int(base[b]) + 1].tolist(), owner[r].item())
+            tree.grow(table, matches[b].tolist(), num_nodes, *options)
+        trees.append(tree.columns(size))
+    dtypes = (torch.int64, torch.int32, torch.int32, torch.int64)
+    columns = zip(*trees, strict=True)
+    return tuple(torch.tensor(c, dtype=d, device=text.device) for c, d in zip(columns, dtypes, strict=True))
+
+
+class _Tree:
+    """One request's tree while it grows; node 0 is the last token of ``text``."""
+
+    def __init__(self, text: list[int], owner: int):
+        self.text, self.owner = text, owner
+        self.token, self.parent, self.depth, self.score = text[-1:] or [0], [0], [0], [0.0]
+        # Of each node: the matches that its path agrees with.
+        self.alive: list[list[tuple[int, int]]] = []
+
+    def grow(self, table, matches, num_nodes, temperature, seed, chain, coupled) -> None:
+        matches = [(key >> POSITION_BITS, key & ((1 << POSITION_BITS) - 1)) for key in matches if key]
+        frontier: list[tuple[float, int, int]] = []
+        for node in range(num_nodes):
+            above = self.alive[self.parent[node]] if node else matches
+            position = len(self.text) - 1 + self.depth[node]
+            children = self._children(table, node, above)
+            scores = _scores(list(children.values()), list(children), position, temperature, seed, coupled)
+            # The minus sorts by the highest score, then by the lowest node and the first child.
+            found = [(-self.score[node] - s, node, i) for i, s in enumerate(scores)]
+            named = {(node, i): child for i, child in enumerate(children)}
+            frontier = [entry for entry in found + ([] if chain else frontier) if entry[0] < math.inf]
+            self._names = named | ({} if node == 0 else self._names)
+            if not frontier:
+                return
+            best = min(frontier)
+            frontier.remove(best)
+            self.token.append(self._names[best[1:]])
+            self.parent.append(best[1])
+            self.depth.append(self.depth[best[1]] + 1)
+            self.score.append(-best[0])
+
+    def _before(self, node: int) -> tuple[int, int]:
+        """Two ancestors of a node's token: the token before it, and the one before that; -1 where there is none."""
+        path = []
+        while node:
+            node = self.parent[node]
+            path.append(self.token[node])
+        path += self.text[:-1][::-1][:2]
+        return tuple((path + [-1, -1])[:2])
+
+    def _children(self, table: RecycleTable, node: int, above: list[tuple[int, int]]) -> dict[int, float]:
+        """Probability of each child that a source names, in order."""
+        token, depth, base = self.token[node], self.depth[node], len(self.text) - 1
+        alive = [(n, end) for n, end in above if end + depth < base and self.text[end + depth] == token]
+        self.alive.append(alive)
+        longest = max((n + depth for n, _ in alive), default=0)
+        confidence = 1 - math.exp(-MATCH_RATE * min(longest, LONGEST))
+        shares = [math.exp(LENGTH_RATE * (n + depth - longest)) for n, _ in alive]
+        children: dict[int, float] = {}
+        for child, log_prob, trust in self._recycled(table, token, *self._before(node)):
+            if log_prob > -math.inf:
+                children[child] = children.get(child, 0.0) + (1 - confidence) * trust * math.exp(log_prob)
+        for (_, end), share in zip(alive, shares, strict=True):
+            child = self.text[end + depth + 1]
+            children[child] = children.get(child, 0.0) + confidence * share / sum(shares)
+        return children
+
+    def _recycled(self, table: RecycleTable, token: int, before: int, earlier: int):
+        """The table's successors of a token: (token, log-probability, trust)."""
+        for pair, last, trust in (
+            (before, token, PAIR_TRUST),
+            (-1, token, TOKEN_TRUST),
+            (earlier, before, GUESS_TRUST),
+        ):
+            is_guess = trust == GUESS_TRUST
+            if last < 0 or (pair < 0 and trust != TOKEN_TRUST):
+                continue
+            key = torch.tensor([self.owner]), torch.tensor([pair]), torch.tensor([last])
+            slot = int(slot_of(*key, len(table.owner)))
+            if table.owner[slot] == self.owner and table.context[slot] == context_of(*key[1:]):
+                entries = zip(table.token[slot].tolist(), table.log_prob[slot].tolist(), strict=True)
+                return [(child, lp, trust) for child, lp in entries if not (is_guess and child == token)]
+        return []
+
+    def columns(self, size: int) -> tuple[list[int], list[int], list[int], list[int]]:
+        """Tokens, parents, depths and ancestor masks; unused nodes continue as a chain."""
+        while len(self.token) <= size:
+            last = len(self.token) - 1
+            self.token.append(0)
+            self.parent.append(last)
+            self.depth.append(self.depth[last] + 1)
+        masks = [1]
+        for node in range(1, size + 1):
+            masks.append(masks[self.parent[node]] | (1 << node if node < 63 else -(1 << 63)))
+        return self.token[1:], self.parent, self.depth, masks
+
+
+def _scores(probability, tokens, position, temperature, seed, coupled) -> list[float]:
+    """Log-softmax of the children of a node at ``position``, beside one for the tokens that no source knows."""
+    if not tokens:
+        return []
+    p = torch.tensor(probability, dtype=torch.float32)
+    scale = temperature if temperature > 0 else GREEDY_SCALE
+    values = torch.cat((p, (1 - p.sum()).clamp(min=REST)[None])).log() / scale
+    if coupled and temperature > 0:
+        where = torch.tensor([[position]]), torch.zeros(1, dtype=torch.int64), torch.tensor(tokens)
+        values[:-1] += gumbel_noise_at(seed.cpu(), torch.ones(1), *where)[0, 0]
+    return values.log_softmax(0)[:-1].tolist()

@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Serving without a head: the text of plain decoding under every option, and who learns from whom."""
+
+from types import SimpleNamespace
+
+import pytest
+import requests_mix
+from engine_runner import generate, spec_counters
+from requests_mix import ALL, BATCHES, CORE
+from vllm import SamplingParams
+
+from vllm_kvspec.engine.draft.recycle import SHARED, owner_of
+
+
+@pytest.fixture
+def recycle(spec):
+    """The speculative config of a user who has no head."""
+
+    def make(num_speculative_tokens: int = 16, **keys) -> dict:
+        config = spec(num_speculative_tokens, **keys)
+        del config["model"]
+        return config
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("keys", "names"),
+    [
+        pytest.param({}, ALL, id="tree"),
+        pytest.param({"num_speculative_tokens": 63, "draft_noise": "none"}, CORE, id="uncoupled-63"),
+        pytest.param({"tree": "chain", "num_speculative_tokens": 6}, CORE, id="chain"),
+        pytest.param({"recycle_scope": "request", "num_speculative_tokens": 8}, (*CORE, "mixed"), id="per-request"),
+    ],
+)
+def test_every_feature(check, make_engine, recycle, keys, names):
+    with make_engine(recycle(**keys)) as llm:
+        check(llm, names)
+        counters = spec_counters(llm)
+    assert counters["accepted_tokens"] / counters["drafts"] > 0.3
+
+
+def test_triton_kernels(recycle, script, reference, same):
+    """The Triton kernels, interpreted, instead of those compiled for the CPU."""
+    job = {"engine": {"speculative_config": recycle(4)}, "batches": [BATCHES["logprobs"]()], "kernels": "triton"}
+    result = script(job)
+    assert result["kernels"] == "triton"
+    same(result["outputs"], [reference["logprobs"]])
+    assert result["counters"]["accepted_tokens"] > 0
+
+
+def test_chunked_prefill(check, make_engine, recycle):
+    with make_engine(recycle(8), max_num_batched_tokens=48, max_num_seqs=5, enable_chunked_prefill=True) as llm:
+        check(llm, (*CORE, "mixed"))
+
+
+def test_preemption(check, make_engine, recycle):
+    with make_engine(recycle(8), num_gpu_blocks_override=22) as llm:
+        check(llm, CORE)
+        assert sum(m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions") > 0
+
+
+def test_budget(check, make_engine, recycle):
+    """Steps are timed at start, nodes follow the load, and what was timed taught nobody anything."""
+    with make_engine(recycle(16, budget="auto")) as llm:
+        drafter = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner.speculator
+        owners = set(drafter.model.owner[drafter.model.context != -1].tolist())
+        assert owners and SHARED not in owners
+        check(llm, CORE)
+
+
+def test_async_scheduling(recycle, script, reference, same):
+    batches = [BATCHES[name]() for name in CORE]
+    job = {"engine": {"speculative_config": recycle(8)}, "batches": batches, "async_scheduling": True}
+    result = script(job, multiprocessing=True)
+    assert result["async_scheduling"] is True
+    same(result["outputs"], [reference[name] for name in CORE])
+    assert result["counters"]["accepted_tokens"] > 0
+
+
+def test_tensor_parallel(recycle, script, reference, same):
+    """Both ranks must grow the same trees, from tables of their own."""
+    names = ("greedy", "sampled", "greedy")
+    job = {
+        "engine": {"speculative_config": recycle(8), "tensor_parallel_size": 2, "kv_cache_memory_bytes": 32 << 20},
+        "batches": [BATCHES[name]() for name in names],
+    }
+    result = script(job, multiprocessing=True)
+    same(result["outputs"], [reference[name] for name in names])
+    assert result["counters"]["accepted_tokens"] > 0
+
+
+def accepted_by(llm, *salts: str | None) -> list[float]:
+    """Accepted tokens of the same greedy request, once for each salt, one after another."""
+    found, before = [], spec_counters(llm).get("accepted_tokens", 0)
+    for salt in salts:
+        prompt = {"prompt_token_ids": requests_mix.prompt(60, 300)} | ({"cache_salt": salt} if salt else {})
+        llm.generate([prompt], SamplingParams(temperature=0.0, max_tokens=48, ignore_eos=True), use_tqdm=False)
+        after = spec_counters(llm)["accepted_tokens"]
+        found.append(after - before)
+        before = after
+    return found
+
+
+def test_only_requests_of_the_same_salt_learn_from_each_other(make_engine, recycle):
+    """What one tenant's requests have taught must not show in how fast another's are served."""
+    with make_engine(recycle(8), enable_prefix_caching=False) as llm:
+        first, again, other, other_again, unsalted, unsalted_again = accepted_by(llm, "a", "a", "b", "b", None, None)
+        assert again > first
+        assert (other, other_again) == (first, again)
+        assert (unsalted, unsalted_again) == (first, again)
+        # And what the others have taught meanwhile changed nothing for the first.
+        assert accepted_by(llm, "a") == accepted_by(llm, "b")
+
+
+def test_tables_of_one_request(make_engine, recycle):
+    with make_engine(recycle(8, recycle_scope="request"), enable_prefix_caching=False) as llm:
+        first, *others = accepted_by(llm, "a", "a", None, None)
+    assert others == [first] * 3
+
+
+def test_salts_come_from_our_scheduler_or_not_at_all(make_engine, recycle):
+    """A user's own scheduler tells the workers no salts: then every request is alone."""
+    scheduler = "vllm.v1.core.sched.scheduler.Scheduler"
+    with make_engine(recycle(8), enable_prefix_caching=False, scheduler_cls=scheduler) as llm:
+        first, *others = accepted_by(llm, "a", "a", None)
+    assert others == [first] * 2
+
+
+def test_owners():
+    def owner(salt=..., name="r1", scope="salt"):
+        request = SimpleNamespace(req_id=name, **({} if salt is ... else {"kvspec_salt": salt}))
+        return owner_of(request, scope)
+
+    assert owner(None) == owner(None, "r2") == SHARED
+    assert owner("a") == owner("a", "r2") != owner("b")
+    assert owner("a") != SHARED
+    assert len({owner(), owner(name="r2"), owner("a", scope="request"), owner("r1"), SHARED}) == 4
+    assert owner(None, scope="request") == owner("a", scope="request") == owner()
+
+
+@pytest.mark.parametrize("names", [("greedy", "sampled")])
+def test_prefix_caching_over_drafted_blocks(make_engine, recycle, check, names):
+    with make_engine(recycle(16)) as llm:
+        check(llm, names * 2)
+        assert sum(m.value for m in llm.get_metrics() if m.name == "vllm:prefix_cache_hits") > 0
+        before = spec_counters(llm)
+        generate(llm, [BATCHES["greedy"]()])
+        after = spec_counters(llm)
+    # By now the greedy texts are known.
+    assert (after["accepted_tokens"] - before["accepted_tokens"]) / (after["drafts"] - before["drafts"]) > 1.5
