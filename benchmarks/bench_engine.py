@@ -115,7 +115,9 @@ def engine_arguments(arguments: argparse.Namespace, models: dict[str, str], spec
     return engine | arguments.engine
 
 
-def run(job: dict[str, Any], directory: Path, arguments: argparse.Namespace) -> tuple[list[dict], str | None]:
+def run(
+    job: dict[str, Any], directory: Path, arguments: argparse.Namespace, script: str = "engine_worker.py"
+) -> tuple[list[dict], str | None]:
     """Rows of one worker process, and how it failed."""
     (directory / "job.json").write_text(json.dumps(job))
     out = directory / "out.jsonl"
@@ -126,7 +128,7 @@ def run(job: dict[str, Any], directory: Path, arguments: argparse.Namespace) -> 
         environment |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     problem = None
     with (directory / "log").open("w+") as log:
-        command = [sys.executable, str(HERE / "engine_worker.py"), str(directory / "job.json"), str(out)]
+        command = [sys.executable, str(HERE / script), str(directory / "job.json"), str(out)]
         try:
             done = subprocess.run(command, env=environment, stdout=log, stderr=log, timeout=arguments.timeout)
             if done.returncode:

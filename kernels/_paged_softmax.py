@@ -176,11 +176,15 @@ def tile_config(rows: int, q: torch.Tensor, group: int = 1, has_window: bool = F
     # The largest tiles, and the fewest warps for them, that compile without spills (tests/kernels/test_compile.py);
     # float32, which no server runs on a GPU, spills with any. A query that is converted stays in registers as well.
     most = (32 if in_registers or q.dtype.itemsize == 1 else 64) if wide else 128
+    huge = head_dim > 256
+    most = most // 2 if huge else most
     block_m = max(min(max(16, triton.next_power_of_2(rows)), most), triton.next_power_of_2(group))
     tile = 64 if block_m >= 128 and not wide and not in_registers else 32
     # What the mask of a window or a division by the group takes in registers, the largest tile has to spare on compute
     # capability 9 alone.
-    halved = block_m >= 128 and (has_window if capability == 10 else in_registers and group & (group - 1) != 0)
+    divides = group & (group - 1) != 0
+    halved = block_m >= 128 and (has_window if capability == 10 else in_registers and divides)
+    halved = halved or (huge and block_m >= 32 and divides)
     tile = tile // 2 if halved else tile
     num_warps = 8 if wide or block_m >= (64 if in_registers else 128) else 4
     # A third stage makes up for the smaller tile where there is room for it.

@@ -5,9 +5,10 @@
 
 Every query row of a request sees the same context (up to the sliding window) and the whole block, or with CAUSAL the
 block up to its own row, so the G query positions times the query heads of one KV head form one tile: each KV byte is
-read once per KV head (per 128 rows if there are more). Small batches are cut along the context into SPLITS programs
-(flash-decoding) whose results are merged by a second, tiny kernel; the first split also takes the block's own keys. A
-draft head has no ALiBi, soft-cap or sinks, whatever its target has.
+read once per KV head (per 128 rows if there are more). Without K_block the rows are queries alone, all at the context's
+last position. Small batches are cut along the context into SPLITS programs (flash-decoding) whose results are merged by
+a second, tiny kernel; the first split also takes the block's own keys. A draft head has no ALiBi, soft-cap or sinks,
+whatever its target has.
 """
 
 import torch
@@ -97,27 +98,30 @@ def _paged_draft_attention_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
 
     qk_scale = scale * LOG2_E
+    HAS_BLOCK: tl.constexpr = k_block_ptr is not None
     # The block's own keys come first, while no context tile is in flight: after the loop they would spill. Only cached
     # values carry v_scale, which multiplies everything at the end.
-    if split == 0:
-        for first in tl.range(0, BLOCK_ROWS, BLOCK_G, num_stages=1):
-            key = first + tl.arange(0, BLOCK_G)
-            in_block = key < BLOCK_ROWS
-            k_row = b * stride_kb_b + key.to(tl.int64) * stride_kb_g + kv_head * stride_kb_h
-            v_row = b * stride_vb_b + key.to(tl.int64) * stride_vb_g + kv_head * stride_vb_h
-            k_mask, v_mask = in_block[None, :] & in_dim[:, None], in_block[:, None] & in_dim[None, :]
-            k = tl.load(k_block_ptr + k_row[None, :] + dim[:, None], mask=k_mask, other=0.0)
-            v = tl.load(v_block_ptr + v_row[:, None] + dim[None, :], mask=v_mask, other=0.0)
-            visible = in_block[None, :] & live[:, None]
-            if CAUSAL:
-                visible = visible & (key[None, :] <= g[:, None])
-            row_max, row_sum, acc = softmax_step(q, k, v, visible, row_max, row_sum, acc, qk_scale, True)
-        acc = acc / scalar(v_scale, V_SCALE_TENSOR)
+    # Nested: the outer test is settled at compile time.
+    if HAS_BLOCK:  # noqa: SIM102
+        if split == 0:
+            for first in tl.range(0, BLOCK_ROWS, BLOCK_G, num_stages=1):
+                key = first + tl.arange(0, BLOCK_G)
+                in_block = key < BLOCK_ROWS
+                k_row = b * stride_kb_b + key.to(tl.int64) * stride_kb_g + kv_head * stride_kb_h
+                v_row = b * stride_vb_b + key.to(tl.int64) * stride_vb_g + kv_head * stride_vb_h
+                k_mask, v_mask = in_block[None, :] & in_dim[:, None], in_block[:, None] & in_dim[None, :]
+                k = tl.load(k_block_ptr + k_row[None, :] + dim[:, None], mask=k_mask, other=0.0)
+                v = tl.load(v_block_ptr + v_row[:, None] + dim[None, :], mask=v_mask, other=0.0)
+                visible = in_block[None, :] & live[:, None]
+                if CAUSAL:
+                    visible = visible & (key[None, :] <= g[:, None])
+                row_max, row_sum, acc = softmax_step(q, k, v, visible, row_max, row_sum, acc, qk_scale, True)
+            acc = acc / scalar(v_scale, V_SCALE_TENSOR)
 
     first_key = 0
     if WINDOW > 0:
-        # Query 0 is at position context_len and sees the lowest key of all.
-        first_key = tl.maximum(context_len - WINDOW + 1, 0)
+        # Query 0 sees the lowest key of all: at position context_len, or without own keys one before.
+        first_key = tl.maximum(context_len - WINDOW + (1 if HAS_BLOCK else 0), 0)
     first_tile = first_key // TILE
     num_tiles = tl.cdiv(context_len, TILE) - first_tile
     share = tl.cdiv(tl.maximum(num_tiles, 0), SPLITS)
@@ -147,7 +151,8 @@ def _paged_draft_attention_kernel(
             stride_k_block, stride_k_slot, stride_v_block, stride_v_slot, BLOCK_SIZE, HEAD_DIM,
         )  # fmt: skip
         visible = valid[None, :] & live[:, None]
-        if WINDOW > 0:
+        # Queries alone see the window that they begin with.
+        if WINDOW > 0 and HAS_BLOCK:
             visible = visible & (context_len + g[:, None] - keys[None, :] < WINDOW)
         row_max, row_sum, acc = softmax_step(q, k, v, visible, row_max, row_sum, acc, context_scale, True)
     acc = acc * scalar(v_scale, V_SCALE_TENSOR)
@@ -166,8 +171,8 @@ def paged_draft_attention(
     v_cache: torch.Tensor,
     block_table: torch.Tensor,
     context_lens: torch.Tensor,
-    k_block: torch.Tensor,
-    v_block: torch.Tensor,
+    k_block: torch.Tensor | None,
+    v_block: torch.Tensor | None,
     *,
     scale: float,
     sliding_window: int = 0,
@@ -179,10 +184,11 @@ def paged_draft_attention(
     """Write and return out ``[B, G, Hq, D]``; see `reference.paged_draft_attention`.
 
     q ``[B, G, Hq, D]``, k_cache and v_cache ``[num_blocks, block_size, Hkv, D]`` (any strides but 1 in D, possibly
-    fp8), block_table int32 ``[>=B, M]``, context_lens int32 ``[>=B]``, k_block and v_block ``[B, G, Hkv, D]``. out is
-    contiguous in its first two dimensions. Raises ValueError for shapes or strides that do not fit.
+    fp8), block_table int32 ``[>=B, M]``, context_lens int32 ``[>=B]``, k_block and v_block ``[B, G, Hkv, D]``, or None.
+    out is contiguous in its first two dimensions. Raises ValueError for shapes or strides that do not fit.
     """
-    check_heads(q, k_cache, v_cache, out, k_block, v_block)
+    block = () if k_block is None else (k_block, v_block)
+    check_heads(q, k_cache, v_cache, out, *block)
     num_reqs, block_rows, num_heads, head_dim = q.shape
     if num_reqs == 0:
         return out
@@ -209,8 +215,8 @@ def paged_draft_attention(
         *k_cache.stride()[:3],
         *v_cache.stride()[:3],
         block_table.stride(0),
-        *k_block.stride()[:3],
-        *v_block.stride()[:3],
+        *(stride for rows in block for stride in rows.stride()[:3]),
+        *(0,) * (0 if block else 6),
         *out.stride()[:3],
         scale,
         NUM_KV_HEADS=num_kv_heads,

@@ -263,8 +263,8 @@ def paged_draft_attention(
     v_cache: torch.Tensor,
     block_table: torch.Tensor,
     context_lens: torch.Tensor,
-    k_block: torch.Tensor,
-    v_block: torch.Tensor,
+    k_block: torch.Tensor | None,
+    v_block: torch.Tensor | None,
     *,
     scale: float,
     sliding_window: int = 0,
@@ -279,12 +279,15 @@ def paged_draft_attention(
     block (with ``causal``, query g only rows 0..g), in one softmax. With ``sliding_window`` W > 0 query g (at position
     ``context_len + g``) sees context key j iff ``context_len + g - j < W``; the window hides no row of the block.
 
+    Without a block of keys the rows are queries alone: all stand at the context's last position, ``context_len - 1``,
+    and see the context in the window there.
+
     Args:
         q: ``[B, G, Hq, D]``.
         k_cache, v_cache: ``[num_blocks, block_size, Hkv, D]``, any strides, possibly another dtype than q.
         block_table: int32 ``[>=B, M]``.
-        context_lens: int32 ``[>=B]``, 0 allowed.
-        k_block, v_block: ``[B, G, Hkv, D]``.
+        context_lens: int32 ``[>=B]``, 0 allowed where there is a block.
+        k_block, v_block: ``[B, G, Hkv, D]``, or both None.
         scale: factor of the scores.
         sliding_window: W in tokens, 0 for none.
         causal: whether a block row sees only itself and earlier rows of its block.
@@ -297,6 +300,12 @@ def paged_draft_attention(
     num_reqs, block_rows = q.shape[:2]
     rows = torch.arange(block_rows, device=q.device)
     for b, context_len in enumerate(context_lens[:num_reqs].tolist()):
+        if k_block is None:
+            first = max(0, context_len - sliding_window) if sliding_window > 0 else 0
+            k = _gather_paged(k_cache, block_table[b], first, context_len, q.dtype, k_scale)
+            v = _gather_paged(v_cache, block_table[b], first, context_len, q.dtype, v_scale)
+            out[b] = _attend(q[b], k, v, None, scale)
+            continue
         first = min(context_len, max(0, context_len - sliding_window + 1)) if sliding_window > 0 else 0
         k = _gather_paged(k_cache, block_table[b], first, context_len, q.dtype, k_scale)
         v = _gather_paged(v_cache, block_table[b], first, context_len, q.dtype, v_scale)
@@ -459,8 +468,8 @@ def gumbel_noise_at(
     idx_mapping: torch.Tensor,
     tokens: torch.Tensor,
 ) -> torch.Tensor:
-    """``gumbel_noise`` of the listed ``tokens`` int ``[n]`` only: fp32 ``[B, G, n]``."""
-    noise = torch.zeros((*positions.shape, len(tokens)), dtype=torch.float32, device=positions.device)
+    """``gumbel_noise`` of the listed ``tokens`` only, int ``[n]`` or for each row ``[B, G, n]``: fp32 ``[B, G, n]``."""
+    noise = torch.zeros((*positions.shape, tokens.shape[-1]), dtype=torch.float32, device=positions.device)
     temp = temperature[idx_mapping.long()]
     sampling = temp.nonzero()[:, 0]
     if sampling.numel() == 0:
@@ -470,7 +479,7 @@ def gumbel_noise_at(
     h = _murmur_mix(torch.zeros_like(seed, dtype=torch.int32), seed.int())
     h = _murmur_mix(h, (seed >> 32).int())
     h = _murmur_mix(h, positions[sampling].int())
-    h = _murmur_mix(h[:, :, None], tokens.int())
+    h = _murmur_mix(h[:, :, None], (tokens if tokens.dim() == 1 else tokens[sampling]).int())
     noise[sampling] = _gumbel(_murmur_finish(h ^ 16)) * temp[sampling, None, None]
     return noise
 

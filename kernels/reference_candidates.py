@@ -182,7 +182,8 @@ def expand_tree(
     """``tree_candidates`` with ``noise`` [B, G, Vd], ``scale`` [B] (None: none, 1) and ``chain`` bool [B] given."""
 
     def given_level(logits, parents, *transition, depth, **options):
-        return expand_level(logits, parents, *transition, None if noise is None else noise[:, depth], scale, **options)
+        here = None if noise is None else noise[:, depth, None]
+        return expand_level(logits, parents, *transition, here, scale, **options)
 
     return expand(
         given_level, depth_logits, anchor, transition_in, transition_out,
@@ -191,7 +192,8 @@ def expand_tree(
 
 
 def _noise(base, depths, idx_mapping, temperature, seeds, coupled, draft_ids, num_entries) -> torch.Tensor | None:
-    """fp32 [B, len(depths), num_entries], or None when no request is to have any."""
+    """fp32 [B, len(depths), num_entries], or None when no request is to have any. With tokens for every row
+    (``draft_ids`` [B, P, Vd]) there is a depth for each."""
     if not coupled or not temperature[idx_mapping].any():
         return None
     tokens = torch.arange(num_entries, device=base.device) if draft_ids is None else draft_ids
@@ -229,6 +231,8 @@ def tree_level(
 
     Args:
         logits: ``[B, P, Vd]`` per parent; stride 0 over P when all parents of a request share them.
+        draft_ids: as in ``tree_candidates``, or int64 ``[B, P, Vd]``, different tokens for the entries of every parent;
+            then without transition bias.
         parents: P of them.
         depth: of the parents, 0 for the root.
         gate: ``[B, P, r]`` per parent, or None for 1; stride 0 over P when all parents of a request share it.
@@ -237,9 +241,11 @@ def tree_level(
 
     Scores of entries with logit -inf are -inf, their tokens any valid ones. Logits must not be NaN or +inf.
     """
-    noise = _noise(base, depth, idx_mapping, temperature, seeds, coupled, draft_ids, logits.shape[-1])
+    per_row = draft_ids is not None and draft_ids.dim() == 3
+    depths = torch.full((logits.shape[1] if per_row else 1,), depth, device=base.device)
+    noise = _noise(base, depths, idx_mapping, temperature, seeds, coupled, draft_ids, logits.shape[-1])
     return expand_level(
-        logits, parents, transition_in, transition_out, None if noise is None else noise[:, 0],
+        logits, parents, transition_in, transition_out, noise,
         ranking_scale(temperature[idx_mapping], coupled, greedy_scale),
         level=level, chain=None if chain is None else chain[idx_mapping] != 0, draft_ids=draft_ids, gate=gate,
         candidates=candidates, offset=offset,
@@ -261,7 +267,7 @@ def expand_level(
     candidates: Candidates,
     offset: int,
 ) -> Parents | None:
-    """``tree_level`` with ``noise`` [B, Vd], ``scale`` [B] (None: none, 1) and ``chain`` bool [B] given."""
+    """``tree_level`` with ``noise`` [B, 1 or P, Vd], ``scale`` [B] (None: none, 1) and ``chain`` bool [B] given."""
     if transition_in is None:
         scores = logits.float()
     else:
@@ -269,12 +275,14 @@ def expand_level(
         rows = rows if gate is None else rows * gate
         scores = (rows @ transition_out.T).float() + logits
     if noise is not None:
-        scores = scores + noise.unsqueeze(1)
+        scores = scores + noise
     if scale is not None:
         scores = scores / scale.view(-1, 1, 1)
     log_prob, entry = scores.log_softmax(dim=-1).topk(level.width, dim=-1)
     # Without any finite score they are NaN, which sorts first.
     log_prob = log_prob.masked_fill(log_prob.isnan(), float("-inf"))
+    if draft_ids is not None and draft_ids.dim() == 3:
+        entry, draft_ids = draft_ids.gather(2, entry), None
     return place_children(
         log_prob, entry, parents, level=level, chain=chain, draft_ids=draft_ids, candidates=candidates, offset=offset
     )

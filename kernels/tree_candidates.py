@@ -87,6 +87,7 @@ def _child_scores_kernel(
     stride_out,
     stride_gate_b,
     stride_gate_p,
+    stride_ids,
     batch,
     num_parents,
     depth,
@@ -98,6 +99,7 @@ def _child_scores_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_GATE: tl.constexpr,
     HAS_DRAFT_IDS: tl.constexpr,
+    IDS_BY_REQUEST: tl.constexpr,
     RANK: tl.constexpr,
     BLOCK_RANK: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -131,12 +133,15 @@ def _child_scores_kernel(
         common = tl.load(logits_ptr + offset, mask=in_batch[:, None] & inside[None, :], other=0.0).to(tl.float32)
     if COUPLED:
         if tl.max(temperature, 0) > 0.0:
-            token = entry
-            if HAS_DRAFT_IDS:
-                token = tl.load(draft_ids_ptr + entry, mask=inside, other=0)
+            token = entry[None, :]
+            if IDS_BY_REQUEST:
+                offset = owner[:, None].to(tl.int64) * stride_ids + entry[None, :]
+                token = tl.load(draft_ids_ptr + offset, mask=in_batch[:, None] & inside[None, :], other=0)
+            elif HAS_DRAFT_IDS:
+                token = tl.load(draft_ids_ptr + entry, mask=inside, other=0)[None, :]
             seed = tl.load(seeds_ptr + state, mask=in_batch, other=0)
             position = tl.load(base_ptr + owner, mask=in_batch, other=0) + depth
-            noise = gumbel(noise_key(seed, position)[:, None], token[None, :])
+            noise = gumbel(noise_key(seed, position)[:, None], token)
             common += tl.where(temperature[:, None] > 0.0, temperature[:, None] * noise, 0.0)
         inverse_scale = tl.where(temperature > 0.0, 1.0, 1.0 / greedy_scale)
     else:
@@ -191,12 +196,14 @@ def _select_kernel(
     next_index_ptr,
     stride_rows_b,
     stride_rows_p,
+    stride_ids,
     num_parents,
     num_splits,
     num_candidates,
     offset,
     num_next,
     HAS_DRAFT_IDS: tl.constexpr,
+    IDS_BY_PARENT: tl.constexpr,
     HAS_CHAIN: tl.constexpr,
     HAS_SLOTS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -243,7 +250,9 @@ def _select_kernel(
     # [PARENTS, BLOCK_WIDTH]
     real = in_parents[:, None] & (rank[None, :] < WIDTH)
     candidate = parent[:, None] * WIDTH + rank[None, :]
-    if HAS_DRAFT_IDS:
+    if IDS_BY_PARENT:
+        token = tl.load(draft_ids_ptr + row[:, None] * stride_ids + token, mask=real, other=0)
+    elif HAS_DRAFT_IDS:
         token = tl.load(draft_ids_ptr + token, mask=real, other=0)
     score = tl.where(real & (score == score), score, float("-inf"))
     if HAS_CHAIN:
@@ -318,8 +327,8 @@ def tree_level(
 
     logits ``[B, P, Vd]``; parents ``[B, P]`` and candidates ``[B, M]`` contiguous; transition_in ``[V, r]`` and
     transition_out ``[Vd, r]`` with contiguous rows; base and idx_mapping int ``[B]``; temperature fp32, seeds int64 and
-    chain int or bool ``[R]``; draft_ids int64 ``[Vd]``; gate ``[B, P, r]`` with stride 1 in r, or None. Raises
-    ValueError when more than 8 parents are to be ranked.
+    chain int or bool ``[R]``; draft_ids int64 ``[Vd]``, or contiguous ``[B, P, Vd]``, with logits contiguous in B, P;
+    gate ``[B, P, r]`` with stride 1 in r, or None. Raises ValueError when more than 8 parents are to be ranked.
     """
     batch, num_parents, num_entries = logits.shape
     _check_level(level, num_parents)
@@ -328,6 +337,11 @@ def tree_level(
     shared_logits = logits.stride(1) == 0 or num_parents == 1
     # Without a bias, parents that share logits have the same children: one row serves them all.
     num_rows = 1 if shared_logits and not has_bias else num_parents
+    # Parents with tokens of their own count as requests of one parent.
+    by_parent = draft_ids is not None and draft_ids.dim() == 3
+    requests, row_stride = (batch * num_parents, logits.stride(1)) if by_parent else (batch, logits.stride(0))
+    state, position = (x[:, None].expand(-1, num_parents).flatten() if by_parent else x for x in (idx_mapping, base))
+    each = 1 if by_parent else num_rows
     rows_in_batch = batch * triton.next_power_of_2(num_rows)
     config = tile_config(rows_in_batch, num_entries, transition_in.dtype if has_bias else logits.dtype)
     num_splits = triton.cdiv(num_entries, config["SPLIT"])
@@ -340,8 +354,8 @@ def tree_level(
         *(torch.empty(next_shape, dtype=dtype, device=device) for dtype in (torch.int64, torch.float32, torch.int32))
     )
     if batch > 0:
-        parents_per_tile = min(triton.next_power_of_2(num_rows), config["ROWS"])
-        tiles = triton.cdiv(batch * parents_per_tile, config["ROWS"]) * triton.cdiv(num_rows, parents_per_tile)
+        parents_per_tile = min(triton.next_power_of_2(each), config["ROWS"])
+        tiles = triton.cdiv(requests * parents_per_tile, config["ROWS"]) * triton.cdiv(each, parents_per_tile)
         _child_scores_kernel[(tiles, num_splits)](
             logits,
             parents.token,
@@ -349,31 +363,33 @@ def tree_level(
             transition_out,
             gate,
             draft_ids,
-            base,
-            idx_mapping,
+            position,
+            state,
             temperature,
             seeds,
             value,
             entry,
             sums,
-            logits.stride(0),
+            row_stride,
             logits.stride(1),
             logits.stride(2),
             transition_in.stride(0) if has_bias else 0,
             transition_out.stride(0) if has_bias else 0,
             gate.stride(0) if has_gate else 0,
             gate.stride(1) if has_gate else 0,
-            batch,
-            num_rows,
+            num_entries if by_parent else 0,
+            requests,
+            each,
             depth,
             greedy_scale,
             num_entries,
             num_splits,
             COUPLED=coupled,
-            SHARED_LOGITS=shared_logits,
+            SHARED_LOGITS=shared_logits or by_parent,
             HAS_BIAS=has_bias,
             HAS_GATE=has_gate,
             HAS_DRAFT_IDS=draft_ids is not None,
+            IDS_BY_REQUEST=by_parent,
             RANK=transition_in.shape[1] if has_bias else 0,
             WIDTH=level.width,
             PARENTS=parents_per_tile,
@@ -395,12 +411,14 @@ def tree_level(
             *following,
             num_rows,
             0 if num_rows < num_parents else 1,
+            num_entries if by_parent else 0,
             num_parents,
             num_splits,
             candidates.score.shape[1],
             offset,
             level.num_next,
             HAS_DRAFT_IDS=draft_ids is not None,
+            IDS_BY_PARENT=by_parent,
             HAS_CHAIN=chain is not None,
             HAS_SLOTS=level.slots is not None,
             WIDTH=level.width,

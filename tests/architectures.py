@@ -27,13 +27,23 @@ PER_TYPE_ROPE = dict(
         "full_attention": {"rope_type": "linear", "rope_theta": 1000000.0, "factor": 8.0},
     }
 )
+# Heads of 32 within a window and of 64 in full attention, capped logits.
+GEMMA4 = (
+    HEAD_32
+    | INTERLEAVED
+    | dict(
+        global_head_dim=64, final_logit_softcapping=5.0, tie_word_embeddings=True,
+        hidden_size_per_layer_input=0, vocab_size_per_layer_input=0,
+    )
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Case:
-    """An architecture, by the model type of transformers. ``refusal``: words of the sentence that refuses it at start;
-    without them its text must be that of plain decoding. ``plain_fails``: why vLLM itself does not run it on a CPU.
-    ``torch_fields``: what transformers must be told to compute as vLLM does. ``versions``: of vLLM, where it was tried.
+    """An architecture, by the model type of transformers, or a ``kind`` of it. ``refusal``: words of the sentence that
+    refuses it at start; without them its text must be that of plain decoding. ``plain_fails``: why vLLM itself does not
+    run it on a CPU. ``torch_fields``: what transformers must be told to compute as vLLM does. ``versions``: of vLLM,
+    where it was tried.
     """
 
     model_type: str
@@ -44,6 +54,11 @@ class Case:
     plain_fails: str = ""
     torch_fields: dict[str, Any] = field(default_factory=dict)
     versions: str = "0.32, 0.33"
+    kind: str = ""
+
+    @property
+    def name(self) -> str:
+        return f"{self.model_type} {self.kind}".strip()
 
     @property
     def config(self) -> dict[str, Any]:
@@ -205,18 +220,39 @@ CASES = [
             laurel_rank=8,
             activation_sparsity_pattern=[0.0] * 4,
         ),
-        refusal="a KV cache that several layers share",
+        plain_fails="it does not find the weights of a checkpoint of text alone",
     ),
     Case(
         "gemma4_text",
-        "Gemma 4",
-        "heads of two sizes, layers that share one KV cache",
-        HEAD_32
-        | INTERLEAVED
+        "Gemma 4 E2B and E4B (text)",
+        "heads of two sizes, layers that share one KV cache, embeddings per layer",
+        GEMMA4
         | dict(
-            global_head_dim=64, num_kv_shared_layers=0, hidden_size_per_layer_input=16, vocab_size_per_layer_input=512
+            num_kv_shared_layers=2,
+            use_double_wide_mlp=True,
+            hidden_size_per_layer_input=16,
+            vocab_size_per_layer_input=512,
         ),
-        refusal="heads of another size in layers of another type",
+        versions="0.32",
+        kind="small",
+    ),
+    Case(
+        "gemma4_text",
+        "Gemma 4 12B and 31B (text)",
+        "heads of two sizes and numbers, values equal to keys in full attention",
+        GEMMA4 | dict(num_key_value_heads=2, attention_k_eq_v=True, num_global_key_value_heads=1),
+        versions="0.32",
+        kind="dense",
+    ),
+    Case(
+        "gemma4_text",
+        "Gemma 4 26B-A4B (text)",
+        "heads of two sizes, mixture of experts",
+        GEMMA4
+        | MOE
+        | dict(attention_k_eq_v=True, num_global_key_value_heads=1, enable_moe_block=True, top_k_experts=2),
+        versions="0.32",
+        kind="experts",
     ),
     Case(
         "qwen3_next",

@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from vllm_kvspec.rope import is_per_layer_type, layer_types, rope_parameters
+from vllm_kvspec.rope import is_per_layer_type, layer_heads, layer_types, rope_parameters
 
 CONTEXTS = ("hidden", "kv", "hybrid")
 TRANSITIONS = ("table", "tied")
@@ -222,13 +222,8 @@ def unsupported_attention(target_config: Any) -> str | None:
 
     ``target_config`` is the target's Hugging Face text config.
     """
-    # First: transformers refuses to read what differs between layers as if it did not.
-    if {"head_dim", "num_key_value_heads"} & set(getattr(target_config, "per_layer_attributes", None) or ()):
-        return "heads of another size in layers of another type"
     if getattr(target_config, "alibi", False) or getattr(target_config, "model_type", None) in ("bloom", "mpt"):
         return "ALiBi positions"
-    if getattr(target_config, "num_kv_shared_layers", None):
-        return "a KV cache that several layers share"
     # Granite's, layer by layer; 0 for none.
     if len(set(getattr(target_config, "layer_rope_theta", None) or [])) > 1:
         return "rotary positions listed layer by layer"
@@ -249,15 +244,19 @@ def target_fingerprint(target_config: Any, tokenizer: Any | None) -> dict[str, A
     ``target_config`` is the target's Hugging Face text config; ``tokenizer`` its tokenizer, or None to leave the
     tokenizer's hash out (None). The values are plain JSON.
     """
-    heads = target_config.num_attention_heads
     rope = rope_parameters(target_config)
+    layers = range(target_config.num_hidden_layers)
+    kv_heads, head_dims = ([*x] for x in zip(*(layer_heads(target_config, layer) for layer in layers), strict=True))
+    shared = getattr(target_config, "num_kv_shared_layers", None)
     return {
         "name_or_path": str(getattr(target_config, "name_or_path", "") or ""),
         "architectures": list(getattr(target_config, "architectures", None) or []),
         "num_hidden_layers": target_config.num_hidden_layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": getattr(target_config, "num_key_value_heads", None) or heads,
-        "head_dim": getattr(target_config, "head_dim", None) or target_config.hidden_size // heads,
+        "num_attention_heads": target_config.num_attention_heads,
+        # One number, or one a layer.
+        "num_key_value_heads": kv_heads if len(set(kv_heads)) > 1 else kv_heads[0],
+        "head_dim": head_dims if len(set(head_dims)) > 1 else head_dims[0],
+        **({"num_kv_shared_layers": shared} if shared else {}),
         "hidden_size": target_config.hidden_size,
         "rope_parameters": rope,
         # What says which of them a layer has.
@@ -274,8 +273,8 @@ def check_fingerprint(draft_config: KVSpecDraftConfig, found: dict[str, Any]) ->
     """
     expected = draft_config.target
     different = []
-    for key, value in found.items():
-        wanted = expected.get(key)
+    for key in dict.fromkeys([*found, *expected]):
+        wanted, value = expected.get(key), found.get(key)
         if key in NOT_COMPARED or (key == "tokenizer_sha256" and None in (wanted, value)):
             continue
         if wanted != value:

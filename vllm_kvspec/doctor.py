@@ -12,10 +12,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import entry_points, version
 from importlib.util import find_spec
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
+
+from vllm_kvspec import assistant
 
 PACKAGES = ("torch", "transformers", "triton")
 INSTALL_VLLM = "pip install 'vllm>=0.32,<0.34' (without a GPU: python tools/cpu/install.py in the source tree)"
@@ -176,11 +179,30 @@ def _fingerprint(target_model: str) -> dict:
 
 def _target(target_model: str) -> str:
     found = _fingerprint(target_model)
-    shape = f"{found['num_hidden_layers']} layers, {found['num_key_value_heads']} KV heads of {found['head_dim']}"
+    heads, sizes = (_numbers(found[key]) for key in ("num_key_value_heads", "head_dim"))
+    shape = f"{found['num_hidden_layers']} layers, {heads} KV heads of {sizes}"
     return f"{', '.join(found['architectures'])}: {shape}"
 
 
+def _numbers(of_layers: int | list[int]) -> str:
+    """One number for all layers, or those that they have."""
+    return " or ".join(map(str, sorted({*of_layers}))) if isinstance(of_layers, list) else str(of_layers)
+
+
+def _assistant(draft_model: str) -> Any:
+    """The config of a published assistant, None for a head of ours."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(draft_model)
+    return config if config.model_type in assistant.MODEL_TYPES else None
+
+
 def _head(draft_model: str) -> str:
+    if config := _assistant(draft_model):
+        clusters = f"the best {config.centroid_intermediate_top_k} of {config.num_centroids} clusters of the vocabulary"
+        scored = clusters if config.use_ordered_embeddings else "the whole vocabulary"
+        return f"assistant of {config.text_config.num_hidden_layers} layers, scores {scored}"
+
     from vllm_kvspec.models.draft_head import KVSpecDraftModel
 
     head, loaded = KVSpecDraftModel.from_pretrained(draft_model, output_loading_info=True)
@@ -194,6 +216,12 @@ def _head(draft_model: str) -> str:
 
 
 def _fits(target_model: str, draft_model: str) -> str:
+    if config := _assistant(draft_model):
+        from transformers import AutoConfig
+
+        layers = assistant.source_layers(config, AutoConfig.from_pretrained(target_model).get_text_config())
+        return f"its sizes are the target's; it reads layers {', '.join(map(str, layers))}"
+
     from vllm_kvspec.config import KVSpecDraftConfig, check_fingerprint
 
     check_fingerprint(KVSpecDraftConfig.from_pretrained(draft_model), _fingerprint(target_model))

@@ -7,6 +7,7 @@ This module stands above ``train``, which never imports vLLM; vLLM is imported w
 import hashlib
 import importlib.metadata
 import logging
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -18,6 +19,7 @@ import torch
 from transformers import AutoConfig, AutoTokenizer
 
 from vllm_kvspec.config import target_fingerprint
+from vllm_kvspec.rope import layer_heads
 from vllm_kvspec.train.data import load_texts
 from vllm_kvspec.train.record import versions
 from vllm_kvspec.train.regeneration import (
@@ -161,8 +163,8 @@ def _cpu_defaults(target_model: str, settings: Settings) -> dict[str, Any]:
         return {}
     import psutil
 
-    shape = target_fingerprint(AutoConfig.from_pretrained(target_model).get_text_config(), None)
-    floats = 2 * shape["num_hidden_layers"] * shape["num_key_value_heads"] * shape["head_dim"]
+    config = AutoConfig.from_pretrained(target_model).get_text_config()
+    floats = 2 * sum(math.prod(layer_heads(config, layer)) for layer in range(config.num_hidden_layers))
     # Rounded up to whole blocks, whatever their size.
     wanted = 4 * floats * (settings.max_length + CPU_KV_BLOCK) * min(settings.batch_size, CPU_REQUESTS)
     room = min(wanted, CPU_KV_BYTES, psutil.virtual_memory().available // 4)

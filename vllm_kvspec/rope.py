@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rotary positions and sliding windows of a target's layers, read from its Hugging Face text config.
+"""Rotary positions, sliding windows and key heads of a target's layers, read from its Hugging Face text config.
 
 A head layer reads the keys of one target layer as they lie in the cache, so its queries must be rotated as that layer's
 are. Configurations say how in several ways: one set of parameters for all layers, one per type of layer, and layers
@@ -53,6 +53,19 @@ def layer_window(config: Any, layer: int) -> int:
     """The window of a layer in tokens, 0 for full attention."""
     is_sliding = layer_types(config)[layer] == SLIDING
     return (getattr(config, "sliding_window", None) or 0) if is_sliding else 0
+
+
+def layer_heads(config: Any, layer: int) -> tuple[int, int]:
+    """(KV heads, head dimension) of a layer."""
+    # Reading what differs between layers from the config as a whole is an error of transformers'.
+    one = config.per_layer_config[layer] if getattr(config, "per_layer_attributes", None) else config
+    kv_heads = getattr(one, "num_key_value_heads", None) or config.num_attention_heads
+    return kv_heads, getattr(one, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def owns_kv(config: Any, layer: int) -> bool:
+    """Whether a layer has keys and values of its own; the last ``num_kv_shared_layers`` read an earlier layer's."""
+    return layer < config.num_hidden_layers - (getattr(config, "num_kv_shared_layers", None) or 0)
 
 
 def layer_rope(config: Any, layer: int) -> dict[str, Any] | None:

@@ -22,7 +22,7 @@ train() {
     --lr_scheduler_type cosine_with_min_lr --lr_scheduler_kwargs '{"min_lr_rate": 0.05}' \
     --logging_steps 25 --save_strategy no --report_to none "$@"
 }
-train --output_dir "$work/draft-1" --num_layers 3 --transition_rank 96 --max_steps 1000 --learning_rate 2e-3 \
+train --output_dir "$work/draft-1" --num_layers 3 --transition table --transition_rank 96 --max_steps 1000 --learning_rate 2e-3 \
   --warmup_steps 30
 train --output_dir "$out/draft" --overwrite_output_dir --from_pretrained "$work/draft-1" \
   --min_teacher_temperature 0.5 --max_steps 350 --learning_rate 1e-3 --warmup_steps 15 --seed 1

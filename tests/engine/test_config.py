@@ -147,8 +147,9 @@ def test_repr_is_one_line():
         ({"model": "/no/such/head"}, ["draft head", "/no/such/head"]),
         ({"model": None, "drafter": "head"}, ["needs a draft head", "found none"]),
         ({"drafter": "recycle"}, ["uses no head", HEAD]),
-        ({"model": None, "tree": [2, 1]}, ["fixed shape or width needs a head", "[2, 1]"]),
-        ({"model": None, "tree_width": 2}, ["fixed shape or width needs a head", "tree_width 2"]),
+        ({"model": None, "tree": [2, 1]}, ["fixed shape, width or depth needs a head", "[2, 1]"]),
+        ({"model": None, "tree_width": 2}, ["fixed shape, width or depth needs a head", "tree_width 2"]),
+        ({"model": None, "tree_depth": 2}, ["fixed shape, width or depth needs a head", "tree_depth 2"]),
         ({"model": None, "num_speculative_tokens": 64}, ["1 to 63", "found 64"]),
         ({"model": None, "graft": True}, ["graft needs a head", "found none"]),
         ({"graft": True, "tree": [2, 1]}, ["graft needs", "[2, 1]"]),
@@ -369,6 +370,7 @@ class FakeGPU:
 @pytest.mark.parametrize(
     ("major", "dtype", "asked", "model_type", "stock"),
     [
+        (9, torch.bfloat16, None, "gemma4_text", "TRITON_ATTN"),
         (9, torch.bfloat16, None, "qwen3", "FLASH_ATTN"),
         (8, torch.float16, "AUTO", "qwen3", "FLASH_ATTN"),
         (9, torch.float32, None, "qwen3", "TRITON_ATTN"),
@@ -388,7 +390,9 @@ def test_stock_attention(monkeypatch, major, dtype, asked, model_type, stock):
     # vLLM's answer: sinks need FlashAttention 3.
     monkeypatch.setattr(FlashAttentionBackend, "supports_sink", lambda: major >= 9)
     text_config = SimpleNamespace(model_type=model_type)
-    target = SimpleNamespace(dtype=dtype, get_head_size=lambda: 64, hf_config=None, hf_text_config=text_config)
+    head_size = 512 if model_type == "gemma4_text" else 64
+    target = SimpleNamespace(dtype=dtype, get_head_size=lambda: head_size, hf_config=None, hf_text_config=text_config)
+    monkeypatch.setattr(FlashAttentionBackend, "supports_head_size", lambda size: True)
     for _ in range(2):
         config = SimpleNamespace(target_model_config=target)
         select_attention_backend(arguments, config)

@@ -19,7 +19,8 @@ from vllm.distributed import cleanup_dist_env_and_memory, init_distributed_envir
 from vllm_kvspec.engine.draft.head import KVSpecDraftModel
 from vllm_kvspec.engine.draft.head_drafter import Drafter
 from vllm_kvspec.engine.draft.logits import DraftLogits
-from vllm_kvspec.engine.target_kv import PagedLayer, empty_layers
+from vllm_kvspec.engine.draft.transition import DraftTransition
+from vllm_kvspec.engine.target_kv import PagedLayer, empty_layer
 from vllm_kvspec.kernels.reference import gumbel_noise
 from vllm_kvspec.kernels.reference_draft_inputs import DraftRows
 from vllm_kvspec.models import draft_head
@@ -40,6 +41,9 @@ HEADS = {
     "hybrid": dict(context="hybrid"),
     "kv": dict(context="kv"),
     "no-bias": dict(context="hybrid", transition_rank=0),
+    "tied": dict(context="hybrid", transition="tied"),
+    "tied-draft-vocabulary": dict(context="kv", transition="tied", draft_vocab_size=40),
+    "tied-autoregressive": dict(context="hybrid", transition="tied", drafting="autoregressive"),
     "draft-vocabulary": dict(context="hybrid", draft_vocab_size=40),
     "kv-autoregressive": dict(context="kv", drafting="autoregressive"),
     "hybrid-autoregressive": dict(context="hybrid", drafting="autoregressive"),
@@ -99,7 +103,8 @@ def make_head(target, directory, **fields) -> draft_head.KVSpecDraftModel:
         if isinstance(module, KVSpecAttention):
             torch.nn.init.normal_(module.o_proj.weight, std=0.2)
     if head.config.transition_rank:
-        torch.nn.init.normal_(head.transition_out.weight, std=0.5)
+        last = head.transition_hidden if head.config.has_tied_transition else head.transition_out
+        torch.nn.init.normal_(last.weight, std=0.5)
     if head.draft_token_ids is not None:
         head.set_draft_vocabulary(torch.randperm(VOCAB)[: head.config.draft_vocab_size])
     head.save_pretrained(directory)
@@ -124,6 +129,7 @@ def serve(head, target, directory, **keys) -> tuple[Drafter, DraftRows, torch.Te
     ids = torch.randint(VOCAB, (1, LENGTH))
     view = view_target(target, head.config, ids)
     spec = dict(tree="auto", tree_width=3, parents=None, draft_noise="coupled", num_speculative_tokens=NODES) | keys
+    spec["max_depth"] = lambda head: head.draft_block_size
     served = load(head.config, load_file(directory / "model.safetensors"))
     fake = SimpleNamespace(
         embed_input_ids=target.get_input_embeddings(),
@@ -166,13 +172,14 @@ def test_candidates_are_those_of_the_definition(head, target, tmp_path, coupled)
 
 
 @pytest.mark.parametrize("drafting", ["block", "autoregressive"])
+@pytest.mark.parametrize("transition", ["table", "tied"])
 @pytest.mark.parametrize("model_type", TARGETS)
-def test_candidates_on_a_target_with_layers_of_several_kinds(model_type, drafting, tmp_path):
+def test_candidates_on_a_target_with_layers_of_several_kinds(model_type, transition, drafting, tmp_path):
     torch.manual_seed(0)
     config = AutoConfig.for_model(model_type, **{**SHAPE, **TARGETS[model_type]})
     target = AutoModelForCausalLM.from_config(config).eval()
     target.lm_head.weight.data *= 20
-    fields = dict(context="hybrid", drafting=drafting, target_kv_layer_ids=[2, 3])
+    fields = dict(context="hybrid", drafting=drafting, transition=transition, target_kv_layer_ids=[2, 3])
     check_candidates(make_head(target, tmp_path, **fields), target, tmp_path, coupled=True)
 
 
@@ -216,7 +223,7 @@ def test_a_small_tree_needs_no_deeper_level(head, target, tmp_path):
 @torch.no_grad()
 def test_the_pass_that_measures_memory_needs_no_kv_cache(head, target, tmp_path):
     drafter, rows, _ = serve(head, target, tmp_path)
-    drafter.bind(empty_layers(2, 2, 16, torch.float32, torch.device("cpu")), [torch.zeros(4, 1, dtype=torch.int32)])
+    drafter.bind([empty_layer(2, 16, torch.float32, torch.device("cpu"))] * 2, [torch.zeros(4, 1, dtype=torch.int32)])
     padding = DraftRows(*(None if c is None else torch.zeros_like(c) for c in rows))
     tokens, parent, *_ = drafter.trees(padding, False)
     assert ((tokens >= 0) & (tokens < VOCAB)).all()
@@ -286,9 +293,27 @@ def test_weights_may_be_updated_in_chunks(target, tmp_path):
     config = SimpleNamespace(speculative_config=spec, model_config=SimpleNamespace(max_model_len=LENGTH))
     model = KVSpecDraftModel(vllm_config=config)
     model.load_weights(tensors.items())
-    before = model.transition[1](torch.eye(8))
+    transition = DraftTransition(None, model)
+    before = transition.factors[1](torch.eye(8))
     changed = {name: tensor + 1 for name, tensor in tensors.items() if name.startswith(("transition_out", "norm"))}
     for name, tensor in changed.items():
         assert model.load_weights([(name, tensor)]) == {name}
     assert torch.equal(model.norm.weight, changed["norm.weight"])
-    torch.testing.assert_close(model.transition[1](torch.eye(8)), before + 1)
+    transition.refresh()
+    torch.testing.assert_close(transition.factors[1](torch.eye(8)), before + 1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("drafts", [{}, {"draft_vocab_size": 40}])
+def test_new_weights_reach_a_tied_transition_where_it_is(target, tmp_path, drafts):
+    """A CUDA graph reads the tables at their addresses."""
+    head = make_head(target, tmp_path, transition="tied", **drafts)
+    drafter, rows, _ = serve(head, target, tmp_path)
+    tables = drafter.head.transition_rows, drafter.head.transition_columns
+    before = [table.clone() for table in tables]
+    drafter.head.transition_token.weight.data *= 2
+    drafter.head.transition_hidden.weight.data *= 4
+    drafter.weights_changed()
+    assert tables[0] is drafter.head.transition_rows and tables[1] is drafter.head.transition_columns
+    torch.testing.assert_close(tables[0], 2 * before[0])
+    torch.testing.assert_close(tables[1], 4 * before[1])

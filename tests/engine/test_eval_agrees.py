@@ -43,7 +43,7 @@ def texts_of(target: PreTrainedModel, length: int, temperature: float) -> list[T
 
 
 @pytest.fixture(scope="module", params=HEADS)
-def offline(request, target, tmp_path_factory):
+def offline(target, request, tmp_path_factory):
     """The head, the texts, and the acceptance over them."""
     path = write_head(tmp_path_factory.mktemp(request.param), **HEADS[request.param])
     head = KVSpecDraftModel.from_pretrained(path, dtype=torch.float32).eval()

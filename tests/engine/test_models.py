@@ -17,7 +17,7 @@ from vllm_kvspec.models.target import head_logits, view_target
 
 ENGINE = {"skip_tokenizer_init": True, "max_model_len": 128, "kv_cache_memory_bytes": 4 << 20}
 SERVED, REFUSED = [case for case in CASES if case.is_served], [case for case in CASES if case.refusal]
-by_type = partial(pytest.mark.parametrize, "case", ids=lambda case: case.model_type)
+by_type = partial(pytest.mark.parametrize, "case", ids=lambda case: case.name)
 
 
 def request(length: int, temperature: float, max_tokens: int = 16) -> dict:
@@ -45,7 +45,7 @@ def targets(request, tmp_path_factory) -> dict:
     """Directories of the targets that the selected tests serve."""
     root = tmp_path_factory.mktemp("targets")
     cases = [item.callspec.params["case"] for item in request.session.items if item.module is request.module]
-    return {case.model_type: write_target(case, root / case.model_type) for case in cases if case in SERVED}
+    return {case.name: write_target(case, root / case.name) for case in cases if case in SERVED}
 
 
 @pytest.fixture(scope="module")
@@ -62,9 +62,11 @@ def write_target(case: Case, directory):
 
 
 def write_head(target, directory) -> draft_head.KVSpecDraftModel:
-    """An untrained head that reads a layer of each kind; zero output projections would hide what it reads."""
+    """An untrained head that reads a layer of each kind, where one head can; zero output projections would hide what it
+    reads."""
     torch.manual_seed(1)
-    config = draft_head.head_config_for(target.config, num_hidden_layers=2, target_kv_layer_ids=[2, 3])
+    layers = draft_head.readable_layers(target.config)[-2:]
+    config = draft_head.head_config_for(target.config, num_hidden_layers=len(layers), target_kv_layer_ids=layers)
     head = draft_head.KVSpecDraftModel(config).eval()
     for module in head.modules():
         if isinstance(module, attention.KVSpecAttention):
@@ -77,7 +79,7 @@ def write_head(target, directory) -> draft_head.KVSpecDraftModel:
 def test_text_is_that_of_plain_decoding_and_the_head_is_its_definition(
     case, targets, plain, tmp_path, make_engine, spec, same
 ):
-    directory, expected = targets[case.model_type], plain[case.model_type]
+    directory, expected = targets[case.name], plain[case.name]
     target = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, **case.torch_fields).eval()
     head = write_head(target, tmp_path / "head")
     texts = [
@@ -147,7 +149,7 @@ def test_refused_at_start_in_one_sentence(case, tmp_path, spec, make_engine):
         make_engine(spec(**keys), model=str(directory), **ENGINE),
     ):
         pass
-    print(f"{case.model_type}: {error.value}")
+    print(f"{case.name}: {error.value}")
 
 
 def make_head_or_another(target, directory) -> str:

@@ -2,7 +2,7 @@
 """Which variants of each kernel the launchers can choose on a GPU, and which of them the compile gate compiles.
 
 A variant is one call of a real launcher. Its features are what the compiled code depends on: the tile that
-`tile_config` picks for the rows and heads, head dimension, dtypes, block size, splits, window, causal block, sinks or
+`tile_config` picks for the rows and heads, head dimension, dtypes, block size, splits, window, own keys, sinks or
 soft-cap. Every number of rows up to `MAX_ROWS` and every group up to `MAX_GROUP` is asked for its tile and each
 distinct tile kept once, so a change of `tile_config` changes the list by itself.
 
@@ -36,7 +36,7 @@ from vllm_kvspec.kernels import reference_recycle as recycled
 from vllm_kvspec.kernels import tree_attention as tree
 
 MAX_ROWS, MAX_GROUP = 64, 16
-HEAD_DIMS = (64, 80, 96, 128, 256)
+HEAD_DIMS = (64, 80, 96, 128, 256, 512)
 BLOCK_SIZES = (16, 32, 64)
 # Query dtype and cache dtype. float32 queries are for tests: correct, but they spill.
 DTYPES = {
@@ -45,7 +45,9 @@ DTYPES = {
     "fp8": (torch.bfloat16, torch.float8_e4m3fn),
 }
 # What decides registers and shared memory.
-CRITICAL = ("tile", "group", "block keys", "D", "dtype", "splits", "window", "causal", "scores")
+CRITICAL = ("tile", "group", "block keys", "D", "dtype", "splits", "window", "own", "scores")
+# What the draft's rows see of their own block.
+OWN = ("whole", "causal", "none")
 # How scores become weights; no model has both.
 SCORES = ("plain", "sinks", "soft-cap")
 
@@ -73,14 +75,14 @@ def caches(heads: int, dim: int, dtype: torch.dtype, block_size: int) -> tuple[t
     return raw[..., :dim], raw[..., dim:]
 
 
-def draft_attention(rows, group, dim, dtype, splits, window, causal, block_size, kv_heads=2) -> None:
+def draft_attention(rows, group, dim, dtype, splits, window, own, block_size, kv_heads=2) -> None:
     draft.num_splits = lambda *_: splits
     q_dtype, cache_dtype = DTYPES[dtype]
     q = torch.zeros(2, rows, group * kv_heads, dim, dtype=q_dtype)
-    block = torch.zeros(2, rows, kv_heads, dim, dtype=q_dtype)
+    block = None if own == "none" else torch.zeros(2, rows, kv_heads, dim, dtype=q_dtype)
     draft.paged_draft_attention(
         q, *caches(kv_heads, dim, cache_dtype, block_size), ints(2, 64), ints(2), block, block,
-        scale=0.1, sliding_window=window, causal=causal, k_scale=torch.ones(1), v_scale=torch.ones(1),
+        scale=0.1, sliding_window=window, causal=own == "causal", k_scale=torch.ones(1), v_scale=torch.ones(1),
         out=torch.empty_like(q),
     )  # fmt: skip
 
@@ -124,8 +126,8 @@ def attention_variants(capability: int, is_draft: bool) -> list[Variant]:
     dtypes = [dtype for dtype in DTYPES if dtype != "fp8" or capability >= 89]
     for dim, dtype in product(HEAD_DIMS, dtypes):
         for rows, group, tile in _tiles(dim, dtype, is_draft):
-            own = product(["causal"], (False, True)) if is_draft else product(["scores"], SCORES)
-            for splits, window, (name, value), block_size in product((1, 8), (0, 4096), own, BLOCK_SIZES):
+            kinds = product(["own"], OWN) if is_draft else product(["scores"], SCORES)
+            for splits, window, (name, value), block_size in product((1, 8), (0, 4096), kinds, BLOCK_SIZES):
                 options = dict(rows=rows, group=group, dim=dim, dtype=dtype, splits=splits, window=window)
                 features = tile | {"D": dim, "dtype": dtype, "splits": splits, "window": window}
                 options[name] = features[name] = value
@@ -171,7 +173,7 @@ def small_variants() -> list[Variant]:
     for heads, dim, dtype in ((8, 128, torch.bfloat16), (1, 64, torch.uint8), (32, 256, torch.bfloat16)):
         features = {"KV heads": heads, "D": dim, "dtype": str(dtype).removeprefix("torch.")}
         variants.append(Variant(_kv_compact, dict(heads=heads, dim=dim, dtype=dtype), features))
-    for dim, splits, padding in ((64, 2, True), (80, 16, False), (128, 16, True), (256, 16, True)):
+    for dim, splits, padding in ((64, 2, True), (80, 16, False), (128, 16, True), (256, 16, True), (512, 16, True)):
         options = dict(dim=dim, splits=splits, padding=padding)
         variants.append(Variant(_merge_splits, options, {"D": dim, "splits": splits, "padding": padding}))
     return variants
@@ -244,15 +246,18 @@ def candidate_variants() -> list[Variant]:
     widths = {"4 ranked": (4, False), "8 at fixed places": (8, True), "8 of the last level": (8, False)}
     variants = []
     ranks = {"0": (0, False), "96": (96, False), "256": (256, False), "256 gated": (256, True)}
-    for dtype, batch, (of, (p, shared)), (rank, (r, gated)), reduced, coupled, (width, (w, fixed)) in product(
+    for dtype, batch, (of, (p, shared)), (rank, (r, gated)), ids, coupled, (width, (w, fixed)) in product(
         (torch.bfloat16, torch.float32),
         (1, 8),
         parents.items(),
         ranks.items(),
-        (False, True),
+        ("all", "listed", "by parent"),
         (False, True),
         widths.items(),
     ):
+        # Only parents with logits of their own have tokens of their own, and then no transition bias.
+        if ids == "by parent" and (r or shared):
+            continue
         options = dict(
             dtype=dtype, batch=batch, num_parents=p, shared=shared, rank=r, gated=gated, width=w, fixed=fixed
         )
@@ -263,13 +268,13 @@ def candidate_variants() -> list[Variant]:
             "rank": rank,
             "children": width,
         }
-        flags = {"reduced": reduced, "coupled": coupled}
+        flags = {"ids": ids, "coupled": coupled}
         variants.append(Variant(_tree_level, options | flags, features | flags))
     return variants
 
 
-def _tree_level(dtype, batch, num_parents, shared, rank, gated, width, fixed, reduced, coupled) -> None:
-    entries = 151936
+def _tree_level(dtype, batch, num_parents, shared, rank, gated, width, fixed, ids, coupled) -> None:
+    entries = 4096 if ids == "by parent" else 151936
     shape = (batch, num_parents)
     # A level of 8 ranked children serves to find a row's best tokens: none of them is a parent.
     num_next = 0 if width == 8 and not fixed else 8
@@ -281,7 +286,7 @@ def _tree_level(dtype, batch, num_parents, shared, rank, gated, width, fixed, re
         torch.zeros(entries + 128, dtype=dtype).as_strided((*shape, entries), (0, 0 if shared else 16, 1)),
         parents, transition, transition, level=level, depth=3, base=longs(batch), idx_mapping=longs(batch),
         temperature=torch.zeros(256), seeds=longs(256), coupled=coupled, greedy_scale=0.5, chain=ints(256),
-        draft_ids=longs(entries) if reduced else None, gate=gate,
+        draft_ids={"all": None, "listed": longs(entries), "by parent": longs(*shape, entries)}[ids], gate=gate,
         candidates=candidates.empty_candidates(batch, [level], torch.device("cpu")), offset=0,
     )  # fmt: skip
 

@@ -52,6 +52,7 @@ CASES = [
     pytest.param([75], 8, 4, 2, 64, 16, torch.float16, HND, 0, id="fp16"),
     pytest.param([75], 8, 4, 2, 64, 16, torch.bfloat16, HND, 0, id="bf16"),
     pytest.param([40], 4, 2, 1, 256, 16, torch.float32, HND, 0, id="D256"),
+    pytest.param([40], 4, 4, 1, 512, 16, torch.float32, HND, 0, id="D512"),
 ]
 
 
@@ -87,6 +88,33 @@ def test_causal_block(monkeypatch, make_paged, dense, device, lens, g, heads, kv
         out = torch.full_like(case[0], float("nan"))
         attention(*args, scale=0.125, sliding_window=window, causal=True, out=out)
         assert relative_error(out, truth) < TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("splits", [1, 4])
+@pytest.mark.parametrize(
+    ("lens", "g", "dim", "window"),
+    [
+        pytest.param([1, 70, 16], 8, 64, 0, id="one-key"),
+        pytest.param([75, 3], 5, 64, 20, id="window20"),
+        pytest.param([75], 3, 64, 1, id="window1-sees-the-last-key"),
+        pytest.param([40], 8, 512, 0, id="D512"),
+    ],
+)
+def test_queries_alone(monkeypatch, make_paged, dense, device, lens, g, dim, window, splits):
+    """Each row as a decode step's at the context's last position."""
+    monkeypatch.setattr(module, "num_splits", lambda *_: splits)
+    # One key more of a window than a block's first row sees.
+    paged, case, args = _case(make_paged, device, lens, g, 4, 2, dim, 16, torch.float32, HND, window and window + 1)
+    rows = []
+    for b, length in enumerate(lens):
+        first = max(0, length - window) if window else 0
+        keys, values = (x[b][first:].double() for x in (paged.keys, paged.values))
+        visible = torch.ones(g, len(keys), dtype=torch.bool, device=device)
+        rows.append(dense(case[0][b].double(), keys, values, visible, 0.125))
+    for attention in (paged_draft_attention, reference.paged_draft_attention):
+        out = torch.full_like(case[0], float("nan"))
+        attention(*args[:5], None, None, scale=0.125, sliding_window=window, out=out)
+        assert relative_error(out, torch.stack(rows)) < TOLERANCE[torch.float32]
 
 
 @pytest.mark.parametrize("as_tensor", [False, True])

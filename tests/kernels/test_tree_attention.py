@@ -110,6 +110,7 @@ CASES = [
     pytest.param([(9, 75, 9), (1, 40, 0)], 4, 2, 128, 16, torch.bfloat16, HND, 0, 9, id="bf16-D128"),
     pytest.param([(3, 20, 3)], 80, 1, 64, 16, torch.float32, HND, 0, 9, id="group80-wider-than-the-tile"),
     pytest.param([(9, 40, 9)], 2, 1, 256, 16, torch.float32, HND, 0, 9, id="D256"),
+    pytest.param([(9, 40, 9)], 4, 1, 512, 16, torch.float32, HND, 0, 9, id="D512"),
 ]
 NAMES = ("requests", "heads", "kv_heads", "dim", "block_size", "dtype", "layout", "window", "max_tree")
 

@@ -294,3 +294,35 @@ def test_impossible_levels_are_refused(device):
     for implementation in IMPLEMENTATIONS.values():
         with pytest.raises(ValueError, match="deeper than the head's block"):
             run(implementation, case, plan_levels(3, 2, 2), device)
+
+
+@EACH
+@pytest.mark.parametrize("coupled", [True, False])
+@pytest.mark.parametrize("parents", [1, 3, 8])
+def test_parents_with_tokens_of_their_own(implementation, coupled, parents, device):
+    """As if every parent scored the whole vocabulary and all but its own tokens had no probability."""
+    batch, vocab, own = 4, 700, 300
+    case = make_case(batch=batch, vocab=vocab, rank=0, coupled=coupled, chains=(1,))
+    gen = torch.Generator().manual_seed(3)
+    ids = torch.stack([torch.randperm(vocab, generator=gen)[:own] for _ in range(batch * parents)])
+    ids = ids.view(batch, parents, own)
+    logits = torch.randn(batch, parents, own, generator=gen) * 3
+    whole = torch.full((batch, parents, vocab), float("-inf")).scatter_(2, ids, logits)
+    above = Parents(
+        torch.randint(vocab, (batch, parents), generator=gen),
+        -torch.rand(batch, parents, generator=gen),
+        torch.arange(parents, dtype=torch.int32).expand(batch, -1).contiguous(),
+    )
+    level = Level(parents, 3, min(8, 3 * parents))
+    found = []
+    for draft_ids, scores in ((ids, logits), (None, whole)):
+        options = case.options | {"draft_ids": draft_ids}
+        options = {key: x.to(device) if torch.is_tensor(x) else x for key, x in options.items()}
+        candidates = empty_candidates(batch, [level], device)
+        following = implementation.tree_level(
+            scores.to(device), Parents(*(column.to(device) for column in above)), None, None,
+            level=level, depth=2, candidates=candidates, offset=0, **options,
+        )  # fmt: skip
+        found.append((*candidates, *following))
+    for ours, wanted in zip(*found, strict=True):
+        torch.testing.assert_close(ours, wanted, atol=2e-5, rtol=1e-5)

@@ -15,7 +15,7 @@ from vllm_kvspec.config import (
     target_fingerprint,
     unsupported_attention,
 )
-from vllm_kvspec.models.draft_head import default_kv_layer_ids, head_config_for
+from vllm_kvspec.models.draft_head import evenly_spaced, head_config_for, readable_layers
 
 
 class FakeTokenizer:
@@ -57,8 +57,9 @@ def test_head_takes_its_shapes_from_the_target(target_config):
     config = head_config_for(target_config)
     assert (config.hidden_size, config.head_dim, config.num_key_value_heads) == (32, 16, 2)
     assert config.rope_parameters["rope_theta"] == 5000.0
-    assert default_kv_layer_ids(36, 3) == [11, 23, 35]
-    assert default_kv_layer_ids(8, 1) == [7]
+    assert evenly_spaced(range(36), 3) == [11, 23, 35]
+    assert evenly_spaced(range(8), 1) == [7]
+    assert evenly_spaced([4, 9], 3) == [4, 4, 9]
 
 
 @pytest.mark.parametrize(
@@ -124,10 +125,35 @@ def test_targets_that_no_head_fits(model_type, reason):
         "gpt_oss",
         "gemma3_text",
         "olmo3",
+        "gemma4_text",
     ],  # fmt: skip
 )
 def test_targets_that_heads_fit(model_type):
     assert unsupported_attention(AutoConfig.for_model(model_type)) is None
+
+
+def test_targets_whose_layers_have_heads_of_two_shapes():
+    fields = dict(num_hidden_layers=12, num_key_value_heads=4, head_dim=16, global_head_dim=32)
+    dense = AutoConfig.for_model("gemma4_text", **fields, attention_k_eq_v=True, num_global_key_value_heads=2)
+    # Every sixth layer has full attention.
+    assert readable_layers(dense) == [5, 11]
+    head = head_config_for(dense, num_hidden_layers=3)
+    assert (head.target_kv_layer_ids, head.head_dim, head.num_key_value_heads) == ([5, 5, 11], 32, 2)
+    sliding = head_config_for(dense, num_hidden_layers=2, target_kv_layer_ids=[0, 10])
+    assert (sliding.head_dim, sliding.num_key_value_heads) == (16, 4)
+    assert head.target["head_dim"] == [16] * 5 + [32] + [16] * 5 + [32]
+    with pytest.raises(ValueError, match=r"heads of one size; found \[4, 5\]. Choose among \[5, 11\]"):
+        head_config_for(dense, num_hidden_layers=2, target_kv_layer_ids=[4, 5])
+
+
+def test_layers_that_share_a_cache_are_not_read():
+    small = AutoConfig.for_model("gemma4_text", num_hidden_layers=12, num_kv_shared_layers=5)
+    assert readable_layers(small) == [5]
+    with pytest.raises(ValueError, match=r"keys of their own.*found \[11\]"):
+        head_config_for(small, num_hidden_layers=1, target_kv_layer_ids=[11])
+    other = target_fingerprint(AutoConfig.for_model("gemma4_text", num_hidden_layers=12), None)
+    with pytest.raises(ValueError, match="num_kv_shared_layers"):
+        check_fingerprint(head_config_for(small), other)
 
 
 def test_rotary_bases_that_differ_by_layer():

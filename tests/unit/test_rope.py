@@ -12,7 +12,7 @@ from vllm_kvspec.config import KVSpecDraftConfig, check_fingerprint, target_fing
 from vllm_kvspec.models.draft_head import KVSpecDraftModel, head_config_for
 from vllm_kvspec.models.rotary import rotate
 from vllm_kvspec.models.target import head_logits, view_target
-from vllm_kvspec.rope import rope_parameters
+from vllm_kvspec.rope import layer_heads, owns_kv, rope_parameters
 
 LENGTH = 40
 PER_TYPE = {
@@ -29,7 +29,7 @@ def gemma3(**fields):
     return AutoConfig.for_model("gemma3_text", **shape | fields)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.is_served], ids=lambda case: case.model_type)
+@pytest.mark.parametrize("case", [case for case in CASES if case.is_served], ids=lambda case: case.name)
 @torch.no_grad()
 def test_a_head_turns_as_each_layer_of_the_target(case):
     """A text of one token repeated: but for their rotation, a layer's keys are all the same. And the logits agree."""
@@ -39,18 +39,21 @@ def test_a_head_turns_as_each_layer_of_the_target(case):
         # A sink takes more where a row sees less, which would tell the keys of the next layer apart.
         if name.endswith(".sinks"):
             parameter.fill_(-1e4)
-    layers = target.config.num_hidden_layers
-    fields = dict(context="kv", num_hidden_layers=layers, target_kv_layer_ids=list(range(layers)))
-    head = KVSpecDraftModel(head_config_for(target.config, **fields))
     ids = torch.full((1, LENGTH), 7)
-    view = view_target(target, head.config, ids)
-    assert len(view.kv) == len(view.windows) == layers
-    for (keys, _), rotary in zip(view.kv, head.rotary_emb(view.hidden, torch.arange(LENGTH)[None]), strict=True):
-        first = keys[:, :, :1].expand_as(keys)
-        # The scale of YaRN, which the first key has already.
-        scale = 1.0 if rotary is None else rotary[0][0, 0, 0]
-        turned = rotate(first, rotary, head.config.rope_interleaved) / scale
-        torch.testing.assert_close(turned, keys, atol=1e-3 * keys.abs().max().item(), rtol=0)
+    owners = [i for i in range(target.config.num_hidden_layers) if owns_kv(target.config, i)]
+    # A head each for the layers with heads of one shape.
+    for shape in {layer_heads(target.config, i) for i in owners}:
+        layers = [i for i in owners if layer_heads(target.config, i) == shape]
+        fields = dict(context="kv", num_hidden_layers=len(layers), target_kv_layer_ids=layers)
+        head = KVSpecDraftModel(head_config_for(target.config, **fields))
+        view = view_target(target, head.config, ids)
+        assert len(view.kv) == len(view.windows) == len(layers)
+        for (keys, _), rotary in zip(view.kv, head.rotary_emb(view.hidden, torch.arange(LENGTH)[None]), strict=True):
+            first = keys[:, :, :1].expand_as(keys)
+            # The scale of YaRN, which the first key has already.
+            scale = 1.0 if rotary is None else rotary[0][0, 0, 0]
+            turned = rotate(first, rotary, head.config.rope_interleaved) / scale
+            torch.testing.assert_close(turned, keys, atol=1e-3 * keys.abs().max().item(), rtol=0)
     torch.testing.assert_close(head_logits(target, view.hidden), target(ids).logits, atol=1e-4, rtol=1e-4)
 
 

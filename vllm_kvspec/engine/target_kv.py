@@ -35,11 +35,11 @@ class PagedLayer:
     sliding_window: int
 
 
-def empty_layers(num_layers: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device):
-    """Layers with one block of no content, for passes before KV caches exist, which read no context."""
+def empty_layer(num_kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> PagedLayer:
+    """A layer with one block of no content, for passes before KV caches exist, which read no context."""
     cache = torch.zeros(1, EMPTY_BLOCK_SIZE, num_kv_heads, head_dim, dtype=dtype, device=device)
     one = torch.ones(1, device=device)
-    return [PagedLayer(cache, cache, one, one, group=0, sliding_window=0)] * num_layers
+    return PagedLayer(cache, cache, one, one, group=0, sliding_window=0)
 
 
 @dataclass
@@ -86,12 +86,16 @@ def paged_layer(name: str, group: int, static_forward_context: dict) -> PagedLay
 def cache_classes(kv_cache_config: KVCacheConfig, static_forward_context: dict) -> list[CacheClass]:
     """All target caches by (group, shape, strides, dtype).
 
-    Layers of several groups may have one memory, of which each group owns other blocks.
+    Layers of several groups may have one memory, of which each group owns other blocks. A cache that several layers of
+    a group read is listed once: moving its rows twice would move other rows.
     """
     classes: dict[tuple, list[torch.Tensor]] = {}
     for number, group in enumerate(kv_cache_config.kv_cache_groups):
         for name in group.layer_names:
-            cache = static_forward_context[name].kv_cache
+            layer = static_forward_context[name]
+            if layer.kv_sharing_target_layer_name is not None:
+                continue
+            cache = layer.kv_cache
             key = (number, tuple(cache.shape), cache.stride(), cache.dtype)
             classes.setdefault(key, []).append(cache)
     return [CacheClass(key[0], caches, kv_base_ptrs(caches)) for key, caches in classes.items()]

@@ -38,7 +38,7 @@ The embedding and the LM head are the target's. They are not part of the checkpo
                                                           target's i + d2t[i]; t2d [V] bool marks the tokens in it
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -52,7 +52,16 @@ from vllm_kvspec.config import KVSpecDraftConfig, target_fingerprint, unsupporte
 from vllm_kvspec.models.attention import GatedAttention, KVSpecAttention, ZeroLinear
 from vllm_kvspec.models.rotary import LayerRotary
 from vllm_kvspec.models.target import TargetView, at_positions
-from vllm_kvspec.rope import FULL, is_interleaved, is_per_layer_type, layer_rope, layer_types, layer_window
+from vllm_kvspec.rope import (
+    FULL,
+    is_interleaved,
+    is_per_layer_type,
+    layer_heads,
+    layer_rope,
+    layer_types,
+    layer_window,
+    owns_kv,
+)
 
 # Large beside the usual 0.02: the other factor starts at zero and learns in proportion to this one. On the tiny target,
 # 60 steps: KL 1.86 against 1.96 nats at depths 1 to 7.
@@ -304,9 +313,21 @@ def _rows_mask(base: torch.Tensor, context_len: int, count: int, causal: bool, w
     return torch.cat((context, own.expand(len(base), 1, -1, -1)), dim=-1)
 
 
-def default_kv_layer_ids(num_target_layers: int, num_layers: int) -> list[int]:
-    """Target layers for a head of ``num_layers``: evenly spaced, the target's last layer last."""
-    return [round((i + 1) * num_target_layers / num_layers) - 1 for i in range(num_layers)]
+def evenly_spaced(choices: Sequence[int], count: int) -> list[int]:
+    """``count`` of the ``choices``, the last one last; where there are fewer, some come twice."""
+    return [choices[max(0, round((i + 1) * len(choices) / count) - 1)] for i in range(count)]
+
+
+def readable_layers(target_config) -> list[int]:
+    """Target layers that one head can read: with keys and values of their own, and key heads of one shape.
+
+    Where layers differ in that, those with full attention, which see the whole context.
+    """
+    owners = [i for i in range(target_config.num_hidden_layers) if owns_kv(target_config, i)]
+    if len({layer_heads(target_config, i) for i in owners}) == 1:
+        return owners
+    full = [i for i in owners if not layer_window(target_config, i)] or owners
+    return [i for i in owners if layer_heads(target_config, i) == layer_heads(target_config, full[-1])]
 
 
 def head_config_for(target_config, tokenizer=None, **overrides) -> KVSpecDraftConfig:
@@ -326,8 +347,6 @@ def head_config_for(target_config, tokenizer=None, **overrides) -> KVSpecDraftCo
         "hidden_size": found["hidden_size"],
         "intermediate_size": target_config.intermediate_size,
         "num_attention_heads": found["num_attention_heads"],
-        "num_key_value_heads": found["num_key_value_heads"],
-        "head_dim": found["head_dim"],
         "rms_norm_eps": getattr(target_config, "rms_norm_eps", 1e-6),
         "qk_norm": True,
         "vocab_size": found["vocab_size"],
@@ -338,10 +357,29 @@ def head_config_for(target_config, tokenizer=None, **overrides) -> KVSpecDraftCo
     context, fusion = fields.get("context"), fields.get("fusion", "direct")
     sources = fields["num_hidden_layers"] if fusion in ("direct", "gated") else NUM_SOURCES
     if fields.get("target_kv_layer_ids") is None and context != "hidden":
-        fields["target_kv_layer_ids"] = default_kv_layer_ids(found["num_hidden_layers"], sources)
+        fields["target_kv_layer_ids"] = evenly_spaced(readable_layers(target_config), sources)
     if fields.get("aux_hidden_state_layer_ids") is None and (context == "hidden" or fusion == "gated"):
-        fields["aux_hidden_state_layer_ids"] = default_kv_layer_ids(found["num_hidden_layers"], NUM_SOURCES)
+        fields["aux_hidden_state_layer_ids"] = evenly_spaced(range(found["num_hidden_layers"]), NUM_SOURCES)
+    fields = _heads_of(target_config, fields) | fields
     return KVSpecDraftConfig(**fields, **_rope_fields(target_config, fields))
+
+
+def _heads_of(target_config, fields: dict[str, Any]) -> dict[str, int]:
+    """Key heads of a head's layers: those of the target layers that it reads.
+
+    Raises ValueError where they differ, or have no keys of their own.
+    """
+    ids = fields.get("target_kv_layer_ids") or readable_layers(target_config)[-1:]
+    if not all(0 <= i < target_config.num_hidden_layers for i in ids):
+        # The configuration's own check says so.
+        return {}
+    shapes = {layer_heads(target_config, i) for i in ids}
+    if len(shapes) > 1 or not all(owns_kv(target_config, i) for i in ids):
+        raise ValueError(
+            "target_kv_layer_ids must name layers with keys of their own, all with equally many heads of one size; "
+            f"found {ids}. Choose among {readable_layers(target_config)}."
+        )
+    return dict(zip(("num_key_value_heads", "head_dim"), *shapes, strict=True))
 
 
 def _rope_fields(target_config, fields: dict[str, Any]) -> dict[str, Any]:

@@ -68,14 +68,15 @@ def test_tree_attention(data, shape, dim, block_size, layout, window, soft_cap, 
 
 @settings(max_examples=60, deadline=None)
 @given(data=st.data(), shape=heads, dim=st.sampled_from([8, 64, 80]), num_rows=st.sampled_from([1, 3, 8]),
-       layout=st.sampled_from(list(LAYOUTS)), window=st.sampled_from([0, 1, 7, 20]), causal=st.booleans())  # fmt: skip
-def test_paged_draft_attention(data, shape, dim, num_rows, layout, window, causal):
+       layout=st.sampled_from(list(LAYOUTS)), window=st.sampled_from([0, 1, 7, 20]), causal=st.booleans(),
+       alone=st.booleans())  # fmt: skip
+def test_paged_draft_attention(data, shape, dim, num_rows, layout, window, causal, alone):
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 999)))
-    lengths = data.draw(st.lists(st.integers(0, 90), min_size=1, max_size=3))
-    firsts = [max(0, n - window + 1) if window else 0 for n in lengths]
+    lengths = data.draw(st.lists(st.integers(int(alone), 90), min_size=1, max_size=3))
+    firsts = [max(0, n - window + (not alone)) if window else 0 for n in lengths]
     k, v, table = paged([max(1, n) for n in lengths], firsts, shape[1], dim, 16, layout, generator)
     q = torch.randn(len(lengths), num_rows, shape[0], dim, generator=generator)
-    block = torch.randn(2, len(lengths), num_rows, shape[1], dim, generator=generator)
+    block = (None, None) if alone else torch.randn(2, len(lengths), num_rows, shape[1], dim, generator=generator)
     inputs = (q, k, v, table, torch.tensor([*lengths, 3], dtype=torch.int32), *block)
     options = {"scale": dim**-0.5, "sliding_window": window, "causal": causal}
     ours = attention.paged_draft_attention(*inputs, out=torch.empty_like(q), **options)

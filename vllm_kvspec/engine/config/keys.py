@@ -10,7 +10,9 @@ from vllm.config.utils import config
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
+from vllm_kvspec.assistant import source_layers
 from vllm_kvspec.config import KVSpecDraftConfig
+from vllm_kvspec.engine.config import assistant
 from vllm_kvspec.engine.config.refusals import check_head_fits, check_servable, load_head_config
 from vllm_kvspec.engine.verify.attention_registry import register_cuda_backend
 from vllm_kvspec.kernels.reference_recycle import HEAD_WIDTH
@@ -110,6 +112,8 @@ class KVSpecConfig(SpeculativeConfig):
     depth (``[4, 2, 1]``) or of parents (``[0, 0, 1]``: the parent of nodes 1, 2, 3): a fixed shape."""
     tree_width: int = TREE_WIDTH
     """Children considered per node when ``tree`` is ``"auto"``."""
+    tree_depth: int | None = None
+    """Levels at most when ``tree`` is ``"auto"``: by default the head's block, or ``assistant.DEFAULT_DEPTH``."""
     draft_noise: Literal["coupled", "none"] = "coupled"
     """At temperature > 0, rank candidates under the very Gumbel noise the target will sample with, or without it."""
     drafter: Literal["head", "recycle", "oracle", "random"] | None = None
@@ -130,6 +134,8 @@ class KVSpecConfig(SpeculativeConfig):
     """For ``drafter: "oracle"``: a JSON list of token id lists, each a prompt with its continuation."""
     auto_sizes: list[int] = field(default_factory=list, init=False)
     """For ``budget: "auto"``: the numbers of nodes to choose from, ascending from 0; settled by `select_budget`."""
+    has_assistant: bool = field(default=False, init=False)
+    """Whether ``model`` is a published assistant (`config.assistant`) and no head of ours."""
     stock_attention: str = field(default="TRITON_ATTN", init=False)
     """vLLM's attention backend for the rows that are on no tree; settled by `select_attention_backend`."""
 
@@ -151,10 +157,16 @@ class KVSpecConfig(SpeculativeConfig):
             # As vLLM does for drafters without a model.
             self.draft_model_config, self.draft_parallel_config = target, self.target_parallel_config
             return
-        head = load_head_config(self.model, self.revision)
-        check_servable(head)
+        head, as_head = load_head_config(self.model, self.revision), None
+        if not isinstance(head, KVSpecDraftConfig):
+            layers = source_layers(head, target.hf_text_config)
+            as_head = assistant.as_head(layers, target.get_vocab_size(), self._assistant_depth())
+            self.has_assistant, head = True, as_head(head)
+        else:
+            check_servable(head)
         self._resolve_tree(head)
-        check_head_fits(head, target)
+        if not self.has_assistant:
+            check_head_fits(head, target)
         self.draft_model_config = ModelConfig(
             model=self.model,
             runner="draft",
@@ -170,6 +182,7 @@ class KVSpecConfig(SpeculativeConfig):
             enforce_eager=target.enforce_eager,
             max_logprobs=target.max_logprobs,
             config_format=target.config_format,
+            hf_overrides=as_head or {},
         )
         self.draft_parallel_config = self.create_draft_parallel_config(
             self.target_parallel_config, tp, self.draft_model_config
@@ -189,10 +202,26 @@ class KVSpecConfig(SpeculativeConfig):
                 f"kvspec does not support {key!r} in the speculative config; found {getattr(self, key)!r}. {why} "
                 "Leave the key out."
             )
-        if self.tree_width < 1:
-            raise ValueError(f"kvspec's tree_width must be at least 1; found {self.tree_width}.")
+        for key in ("tree_width", "tree_depth"):
+            if getattr(self, key) is not None and getattr(self, key) < 1:
+                raise ValueError(f"kvspec's {key} must be at least 1; found {getattr(self, key)}.")
+        if self.tree_depth is not None and self.tree != "auto":
+            raise ValueError(
+                f'kvspec\'s tree_depth is for tree "auto"; found {self.tree_depth} with tree {self.tree}. Leave it out.'
+            )
         if self.drafter == "oracle" and not self.oracle_file:
             raise ValueError('kvspec\'s drafter "oracle" needs oracle_file, a JSON list of token id lists; found none.')
+
+    def _assistant_depth(self) -> int:
+        """Passes of an assistant, one for each level of the tree."""
+        if self.parents:
+            return max(depths(self.parents))
+        asked = self.num_speculative_tokens if self.tree == "chain" else self.tree_depth
+        return asked or assistant.DEFAULT_DEPTH
+
+    def max_depth(self, head: KVSpecDraftConfig) -> int:
+        """Levels of a tree of ``head`` at most."""
+        return min(head.draft_block_size, self.tree_depth or head.draft_block_size)
 
     def _resolve_without_head(self) -> None:
         """Settle ``num_speculative_tokens`` where any tree can be filled. Raises ValueError for keys of heads."""
@@ -202,10 +231,11 @@ class KVSpecConfig(SpeculativeConfig):
             )
         if self.graft:
             raise ValueError('kvspec\'s graft needs a head to graft onto; found none. Give "model", or leave it out.')
-        if self.parents or self.tree_width != TREE_WIDTH:
+        if self.parents or self.tree_width != TREE_WIDTH or self.tree_depth:
             raise ValueError(
-                f"kvspec's tree of fixed shape or width needs a head; found tree {self.tree!r}, tree_width "
-                f'{self.tree_width} without one. Leave both out, or set "tree" to "chain".'
+                f"kvspec's tree of fixed shape, width or depth needs a head; found tree {self.tree!r}, tree_width "
+                f'{self.tree_width}, tree_depth {self.tree_depth} without one. Leave them out, or set "tree" to '
+                '"chain".'
             )
         nodes = self.num_speculative_tokens
         self.num_speculative_tokens = DEFAULT_NODES_WITHOUT_HEAD if nodes is None else nodes
@@ -217,7 +247,8 @@ class KVSpecConfig(SpeculativeConfig):
         parents = self.parents
         nodes = self.num_speculative_tokens
         if nodes is None:
-            nodes = len(parents) if parents else DEFAULT_NODES_PER_POSITION * head.draft_block_size
+            per_position = 1 if self.tree == "chain" else DEFAULT_NODES_PER_POSITION
+            nodes = len(parents) if parents else per_position * self.max_depth(head)
         check_num_nodes(nodes)
         if parents and len(parents) != nodes:
             raise ValueError(
@@ -235,7 +266,7 @@ class KVSpecConfig(SpeculativeConfig):
                 f"kvspec's tree is {depth} deep, but the head {self.model} scores {head.draft_block_size} positions. "
                 f"Use a tree of depth {head.draft_block_size} or less, or a head with a larger draft_block_size."
             )
-        available = num_candidates(head.draft_block_size, TREE_BEAM, self.tree_width)
+        available = num_candidates(self.max_depth(head), TREE_BEAM, self.tree_width)
         width = max(Counter(parents).values()) if parents else 1 if self.tree == "chain" else self.tree_width
         if width > head.draft_vocab_size:
             raise ValueError(
@@ -245,11 +276,11 @@ class KVSpecConfig(SpeculativeConfig):
         if self.tree == "auto" and nodes > available:
             raise ValueError(
                 f"kvspec's num_speculative_tokens {nodes} is more than the {available} candidates of a head of block "
-                f"size {head.draft_block_size} with tree_width {self.tree_width}. Raise tree_width or lower "
+                f"size {self.max_depth(head)} with tree_width {self.tree_width}. Raise tree_width or lower "
                 "num_speculative_tokens."
             )
         self.num_speculative_tokens = nodes
-        self._resolve_synthetic(nodes, min(nodes, head.draft_block_size) if self.tree == "auto" else depth)
+        self._resolve_synthetic(nodes, min(nodes, self.max_depth(head)) if self.tree == "auto" else depth)
 
     def _resolve_synthetic(self, nodes: int, depth: int) -> None:
         """Forced acceptance: rates are per depth here, and may stop at the deepest. vLLM checks the rest later."""

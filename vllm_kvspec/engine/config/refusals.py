@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedConfig
 from vllm.config import ModelConfig, ParallelConfig
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import resolve_kv_cache_dtype_string
 
+from vllm_kvspec.assistant import MODEL_TYPES
 from vllm_kvspec.config import (
     KVSpecDraftConfig,
     check_fingerprint,
@@ -39,7 +40,7 @@ def refuse_engine_options(engine_args: Any, model: ModelConfig, parallel: Parall
         if model.is_diffusion
         else "reference sliding-window attention"
         if model.rswa_window is not None
-        else "a bidirectional prefix"
+        else "images that attend to themselves in both directions (without them: --language-model-only)"
         if model.is_mm_prefix_lm
         else f"--runner {model.runner_type}"
         if model.runner_type != "generate"
@@ -85,8 +86,9 @@ def refuse_engine_options(engine_args: Any, model: ModelConfig, parallel: Parall
             )
 
 
-def load_head_config(model: str | None, revision: str | None) -> KVSpecDraftConfig:
-    """The head's config.json, with its weight files' headers checked when they are local. Raises ValueError."""
+def load_head_config(model: str | None, revision: str | None) -> PreTrainedConfig:
+    """The config.json of a head or an assistant, with its weight files' headers checked when they are local. Raises
+    ValueError."""
     if not model:
         raise ValueError('kvspec needs a draft head: give "model", a head\'s directory or repository; found none.')
     try:
@@ -96,10 +98,10 @@ def load_head_config(model: str | None, revision: str | None) -> KVSpecDraftConf
             f"kvspec's model must be a draft head's directory or repository; {model!r} could not be read as one: "
             f"{error}"
         ) from error
-    if not isinstance(head, KVSpecDraftConfig):
+    if not isinstance(head, KVSpecDraftConfig) and head.model_type not in MODEL_TYPES:
         raise ValueError(
-            f"kvspec's model must be a draft head (model_type {KVSpecDraftConfig.model_type!r}); {model!r} is a "
-            f"{head.model_type!r} model. Train a head for your target with `vllm-kvspec train`."
+            f"kvspec's model must be a draft head (model_type {KVSpecDraftConfig.model_type!r}) or an assistant of "
+            f"Gemma 4; {model!r} is a {head.model_type!r} model. Train a head for your target with `vllm-kvspec train`."
         )
     for path in sorted(Path(model).glob("*.safetensors")):
         check_safetensors(path)

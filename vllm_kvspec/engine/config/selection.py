@@ -56,6 +56,8 @@ def _prefers_flash_attention(engine_args: Any, target: ModelConfig) -> bool:
     return (
         current_platform.get_device_capability().major != 10
         and target.dtype in FlashAttentionBackend.supported_dtypes
+        # Larger ones only its version 4 can, which vLLM would mix with version 3 for a model with heads of two sizes.
+        and target.get_head_size() <= 256
         and FlashAttentionBackend.supports_head_size(target.get_head_size())
         and FlashAttentionBackend.supports_kv_cache_dtype(cache_dtype)
         # Its version 2, which compute capability 8 and 12 run, knows no sinks.

@@ -133,15 +133,13 @@ def one_kernel_norms():
 
 
 class KVSpecMLP(nn.Module):
-    def __init__(self, config: KVSpecDraftConfig, prefix: str):
+    def __init__(self, hidden_size: int, intermediate_size: int, activation: str, prefix: str):
         super().__init__()
         self.gate_up_proj = MergedColumnParallelLinear(
-            config.hidden_size, [config.intermediate_size] * 2, bias=False, prefix=f"{prefix}.gate_up_proj"
+            hidden_size, [intermediate_size] * 2, bias=False, prefix=f"{prefix}.gate_up_proj"
         )
-        self.down_proj = RowParallelLinear(
-            config.intermediate_size, config.hidden_size, bias=False, prefix=f"{prefix}.down_proj"
-        )
-        self.act_fn = get_act_and_mul_fn(config.hidden_act)
+        self.down_proj = RowParallelLinear(intermediate_size, hidden_size, bias=False, prefix=f"{prefix}.down_proj")
+        self.act_fn = get_act_and_mul_fn(activation)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         gate_up, _ = self.gate_up_proj(hidden)
@@ -155,7 +153,7 @@ class KVSpecLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.self_attn = KVSpecAttention(config, rope, max_position, f"{prefix}.self_attn")
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.mlp = KVSpecMLP(config, f"{prefix}.mlp")
+        self.mlp = KVSpecMLP(config.hidden_size, config.intermediate_size, config.hidden_act, f"{prefix}.mlp")
 
     def forward(self, hidden: torch.Tensor, *attention_inputs) -> torch.Tensor:
         hidden = hidden + self.self_attn(self.input_layernorm(hidden), *attention_inputs)

@@ -7,6 +7,7 @@ be recorded as a CUDA graph and replayed on other rows.
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,7 +16,7 @@ from torch.nn.functional import pad
 from vllm_kvspec.engine import ops
 from vllm_kvspec.engine.config.keys import TREE_BEAM, KVSpecConfig
 from vllm_kvspec.engine.draft.head import KVSpecDraftModel
-from vllm_kvspec.engine.draft.logits import DraftLogits
+from vllm_kvspec.engine.draft.logits import DraftLogits, language_model
 from vllm_kvspec.engine.draft.recycle import RecycleDrafter
 from vllm_kvspec.engine.draft.transition import DraftTransition
 from vllm_kvspec.engine.target_kv import PagedLayer
@@ -42,14 +43,14 @@ class Drafter:
         self.head = head
         self.recycler = recycler
         self.target_model = target_model
-        self.logits = DraftLogits(target_model, head)
-        self.transition = DraftTransition(target_model, head)
+        self.logits, self.transition = self.make_outputs()
         self.coupled = config.draft_noise == "coupled"
         self.num_nodes = config.num_speculative_tokens
         self.parents = config.parents
         device = head.norm.weight.device
         # A chain is the tree of one child per node.
         self.beam, self.width = (1, 1) if config.tree == "chain" else (TREE_BEAM, config.tree_width)
+        self.max_depth = config.max_depth(head.config)
         self.levels = self.plan(self.num_nodes)
         if self.parents:
             self.levels, self.fixed_nodes = fixed_levels(self.parents, device)
@@ -59,6 +60,10 @@ class Drafter:
             self._survive_sleep()
         self.context: list[PagedLayer] = []
         self.block_tables: list[torch.Tensor] = []
+
+    def make_outputs(self) -> tuple[Callable[[torch.Tensor], torch.Tensor], DraftTransition | None]:
+        """What makes logits of the head's hidden states, and what tokens before them add."""
+        return DraftLogits(self.target_model, self.head), DraftTransition(self.target_model, self.head)
 
     def _survive_sleep(self) -> None:
         """Make the fixed shape's tensors buffers of the head: sleep at level 2 discards everything that loading has
@@ -79,7 +84,7 @@ class Drafter:
 
     def plan(self, num_nodes: int) -> list[Level]:
         """Levels of a tree of ``num_nodes`` nodes; none of them can be deeper than the tree has nodes."""
-        return plan_levels(min(self.head.config.draft_block_size, num_nodes), self.beam, self.width, num_nodes)
+        return plan_levels(min(self.max_depth, num_nodes), self.beam, self.width, num_nodes)
 
     def trees(self, rows: DraftRows, with_chains: bool, num_nodes: int | None = None) -> Trees:
         """Trees of B = ``len(rows.base)`` requests. ``with_chains``: some of them must get a chain.
@@ -115,22 +120,25 @@ class Drafter:
 
     def expansion(self, rows: DraftRows, depth: int | None = None) -> Expand:
         """Candidates of the rows' trees as a function of levels, ``depth`` of them at most, and chains."""
-        options = dict(
+        options = self.options(rows) | {"draft_ids": self.head.draft_ids}
+        if self.head.config.drafting == "autoregressive":
+            return partial(self._path_candidates, rows, **options)
+        inputs = self.head.block_rows(self.embed(rows.anchor), rows.state)
+        hidden = self.head(inputs, rows.base, self.context, self.block_tables)[:, :depth]
+        logits = self.logits(hidden.flatten(0, 1)).view(*hidden.shape[:2], -1)
+        gate = self.transition.gate(hidden)
+        return partial(ops.tree_candidates, logits, rows.anchor, *self.transition.factors, gate=gate, **options)
+
+    def options(self, rows: DraftRows) -> dict[str, Any]:
+        """What candidates need to know of the rows' requests and of the head."""
+        return dict(
             base=rows.base,
             idx_mapping=torch.arange(len(rows.base), device=rows.base.device),
             temperature=rows.temperature,
             seeds=rows.seed,
             coupled=self.coupled,
             greedy_scale=self.head.config.greedy_scale,
-            draft_ids=self.head.draft_ids,
         )
-        if self.head.config.drafting == "autoregressive":
-            return partial(self._path_candidates, rows, **options)
-        inputs = self.head.block_rows(self.target_model.embed_input_ids(rows.anchor), rows.state)
-        hidden = self.head(inputs, rows.base, self.context, self.block_tables)[:, :depth]
-        logits = self.logits(hidden.flatten(0, 1)).view(*hidden.shape[:2], -1)
-        gate = self.transition.gate(hidden)
-        return partial(ops.tree_candidates, logits, rows.anchor, *self.transition.factors, gate=gate, **options)
 
     def _path_candidates(self, rows: DraftRows, *, levels: Sequence[Level], **options) -> Candidates:
         """Level by level: each node's path from the anchor is a block of its own, over its request's context.
@@ -143,7 +151,7 @@ class Drafter:
         state = None if rows.state is None else rows.state[:, None]
         inputs = None
         for depth, level in enumerate(levels):
-            row = self.head.path_row(self._embed(parents.token), state).unsqueeze(2)
+            row = self.head.path_row(self.embed(parents.token), state).unsqueeze(2)
             inputs = row if inputs is None else torch.cat((inputs, row), dim=2)
             state = self._last_outputs(inputs, rows.base)
             logits = self.logits(state.flatten(0, 1)).view(*state.shape[:2], -1)
@@ -154,14 +162,15 @@ class Drafter:
             )  # fmt: skip
             if parents is None:
                 break
-            source = _source_paths(parents, offset, level.width)
-            inputs, state = _take(inputs, source), _take(state, source)
+            source = source_paths(parents, offset, level.width)
+            inputs, state = take(inputs, source), take(state, source)
             offset += level.num_parents * level.width
         return candidates
 
-    def _embed(self, tokens: torch.Tensor) -> torch.Tensor:
-        """``tokens`` int64 [B, P] -> the target's embeddings [B, P, H]."""
-        return self.target_model.embed_input_ids(tokens.flatten()).view(*tokens.shape, -1)
+    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        """``tokens`` int64 [...] -> the target's embeddings [..., H]."""
+        # Where images come in, the whole model's would also prepare the next forward of the target.
+        return language_model(self.target_model).embed_input_ids(tokens.flatten()).view(*tokens.shape, -1)
 
     def _last_outputs(self, inputs: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
         """The head's output at the last row of every path: ``inputs`` [B, P, R, H] -> [B, P, H]."""
@@ -176,12 +185,12 @@ def _repeat(tensor: torch.Tensor, times: int) -> torch.Tensor:
     return tensor if times == 1 else tensor.unsqueeze(1).expand(-1, times, *tensor.shape[1:]).flatten(0, 1)
 
 
-def _source_paths(parents: Parents, offset: int, width: int) -> torch.Tensor:
+def source_paths(parents: Parents, offset: int, width: int) -> torch.Tensor:
     """Which path of the level before each parent continues, int64 [B, P]; its candidates begin at ``offset``."""
     return (parents.index.long() - offset) // width
 
 
-def _take(tensor: torch.Tensor, paths: torch.Tensor) -> torch.Tensor:
+def take(tensor: torch.Tensor, paths: torch.Tensor) -> torch.Tensor:
     """Per request the given paths: ``tensor`` [B, P, ...], ``paths`` int64 [B, Q] -> [B, Q, ...]."""
     index = paths.view(*paths.shape, *[1] * (tensor.dim() - 2))
     return tensor.gather(1, index.expand(-1, -1, *tensor.shape[2:]))

@@ -50,10 +50,14 @@ class DraftLogits:
         return logits[:, : self.vocab_size] if self.draft_ids is None else logits.index_select(1, self.draft_ids)
 
 
+def language_model(target_model: nn.Module) -> nn.Module:
+    """The part of the target that has the text's embedding, layers and LM head."""
+    return getattr(target_model, "get_language_model", lambda: target_model)()
+
+
 def lm_head_weight(target_model: nn.Module) -> torch.Tensor | None:
     """The LM head's weight, [V, H] unless it is quantised; None if there is none by this name."""
-    language_model = getattr(target_model, "get_language_model", lambda: target_model)()
-    return getattr(getattr(language_model, "lm_head", None), "weight", None)
+    return getattr(getattr(language_model(target_model), "lm_head", None), "weight", None)
 
 
 def lm_head_rows(target_model: nn.Module, token_ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:

@@ -69,7 +69,7 @@ class RecycleDrafter(nn.Module):
         return RecycleTable(self.owner, self.context, self.token, self.log_prob)
 
     def weights_changed(self) -> None:
-        """The table learns the target's other weights as it goes."""
+        """The target has got other weights: the table learns them as it goes."""
 
     def add_requests(self, rows: Sequence[int], requests: Sequence) -> None:
         """New owners of the request states ``rows``."""

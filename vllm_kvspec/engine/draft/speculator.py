@@ -14,10 +14,11 @@ from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 
 from vllm_kvspec.engine import ops
 from vllm_kvspec.engine.batch_sizes import max_step_rows
+from vllm_kvspec.engine.draft.assistant_drafter import AssistantDrafter
 from vllm_kvspec.engine.draft.graphs import DrafterGraphs
 from vllm_kvspec.engine.draft.head_drafter import Drafter
 from vllm_kvspec.engine.draft.recycle import RecycleDrafter
-from vllm_kvspec.engine.target_kv import empty_layers, layers_by_index, paged_layer
+from vllm_kvspec.engine.target_kv import empty_layer, layers_by_index, paged_layer
 from vllm_kvspec.engine.verify.tree_state import TreeState
 from vllm_kvspec.kernels.reference_draft_inputs import DraftRows
 from vllm_kvspec.tree import ancestor_masks, depths
@@ -51,7 +52,7 @@ class KVSpecSpeculator(DraftModelSpeculator):
         columns = (torch.zeros(self.max_num_reqs, dtype=dtype, device=self.device) for dtype in dtypes)
         if head_config is None or head_config.context == "kv":
             return DraftRows(*columns, None)
-        size = (self.max_num_reqs, head_config.hidden_size)
+        size = (self.max_num_reqs, self.hidden_size)
         return DraftRows(*columns, torch.zeros(size, dtype=self.dtype, device=self.device))
 
     def load_draft_model(self, target_model: nn.Module, target_attn_layer_names: set[str]) -> nn.Module:
@@ -69,10 +70,11 @@ class KVSpecSpeculator(DraftModelSpeculator):
         if config.graft:
             # Part of the head, so that sleep at level 2 restores its buffers.
             head.recycler = self.recycler = RecycleDrafter(config, self.req_states, self.device)
-        self.drafter = Drafter(config, head, target_model, self.recycler)
+        kind = AssistantDrafter if config.has_assistant else Drafter
+        self.drafter = kind(config, head, target_model, self.recycler)
         # Until there are KV caches: what the pass that measures memory reads.
-        attention = head.layers[0].self_attn
-        layers = empty_layers(len(head.layers), attention.num_kv_heads, attention.head_dim, self.dtype, self.device)
+        shapes = [(layer.self_attn.num_kv_heads, layer.self_attn.head_dim) for layer in head.layers]
+        layers = [empty_layer(*shape, self.dtype, self.device) for shape in shapes]
         self.drafter.bind(layers, [torch.zeros(self.max_num_reqs, 1, dtype=torch.int32, device=self.device)])
         return head
 

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from vllm_kvspec.engine import ops
+from vllm_kvspec.engine.draft.logits import language_model
 
 # Tokens whose embeddings, and columns whose logits, are computed at a time.
 TOKENS, COLUMNS = 8192, 64
@@ -43,7 +44,7 @@ class DraftTransition:
             return
         head, rows, columns = self.head, self.head.transition_rows, self.head.transition_columns
         for tokens in torch.arange(len(rows), device=rows.device).split(TOKENS):
-            rows[tokens] = head.token_rows(self.target_model.embed_input_ids(tokens))
+            rows[tokens] = head.token_rows(language_model(self.target_model).embed_input_ids(tokens))
         weight = head.transition_hidden.weight.T.contiguous()
         constant = self.target_model.compute_logits(torch.zeros_like(weight[:1]))
         for index in torch.arange(len(weight), device=rows.device).split(COLUMNS):

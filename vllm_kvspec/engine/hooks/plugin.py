@@ -23,6 +23,7 @@ def register() -> None:
     AutoConfig.register(KVSpecDraftConfig.model_type, KVSpecDraftConfig, exist_ok=True)
     # A string: the class is imported by whoever needs it, not by every process.
     ModelRegistry.register_model("KVSpecDraftModel", "vllm_kvspec.engine.draft.head:KVSpecDraftModel")
+    ModelRegistry.register_model("KVSpecGemma4Assistant", "vllm_kvspec.engine.draft.assistant:Gemma4Assistant")
     patches.accept_kvspec()
     patches.offer_spec_method()
     patches.serve_heads_by_their_name()

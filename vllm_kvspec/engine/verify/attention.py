@@ -55,12 +55,11 @@ def attend(
     )
 
 
-def refuse_attention_features(alibi_slopes, attn_type, kv_sharing_target_layer_name) -> None:
+def refuse_attention_features(alibi_slopes, attn_type) -> None:
     """Raise ValueError for what the tree attention kernel does not compute."""
     found = {
         "ALiBi": alibi_slopes is not None,
         f"{attn_type} attention": attn_type != AttentionType.DECODER,
-        "KV sharing between layers": kv_sharing_target_layer_name is not None,
     }
     for feature, present in found.items():
         if present:

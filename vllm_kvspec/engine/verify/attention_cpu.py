@@ -98,7 +98,7 @@ class CPUTreeAttentionImpl(AttentionImpl):
         kv_sharing_target_layer_name: str | None = None,
         sinks: torch.Tensor | None = None,
     ):
-        refuse_attention_features(alibi_slopes, attn_type, kv_sharing_target_layer_name)
+        refuse_attention_features(alibi_slopes, attn_type)
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads or num_heads
         self.head_size = head_size

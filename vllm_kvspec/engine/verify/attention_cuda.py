@@ -98,7 +98,7 @@ class TreeAttention:
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        refuse_attention_features(self.alibi_slopes, self.attn_type, self.kv_sharing_target_layer_name)
+        refuse_attention_features(self.alibi_slopes, self.attn_type)
 
     def fused_output_quant_supported(self, quant_key) -> bool:
         """The tree kernel writes unquantised output."""

@@ -238,16 +238,19 @@ def _hide_from_block_row(scores, row, context, window, causal, first, end):
     if causal:
         for j in range(context + row + 1, end):
             scores[j] = -np.inf
-    if window > 0:
+    if window > 0 and end > context:
         for j in range(first, min(context, context + row - window + 1)):
             scores[j] = -np.inf
 
 
-@compiled(F32, F32, F32, F32, F32, F32, I32, I32, INT, INT, INT, *_LAYOUT, types.float32, INT, INT, fastmath=_FAST)
+@compiled(
+    F32, F32, F32, F32, F32, F32, I32, I32, INT, INT, INT, *_LAYOUT, types.float32, INT, INT, INT, fastmath=_FAST
+)  # fmt: skip
 def _draft_attention(
     q, keys, values, own_keys, own_values, out, tables, context_lens, num_reqs, num_rows, table_stride,
-    block_size, stride_block, stride_slot, stride_head, num_kv_heads, group, dim, scale, window, causal,
+    block_size, stride_block, stride_slot, stride_head, num_kv_heads, group, dim, scale, window, causal, own,
 ):  # fmt: skip
+    """``own``: 0 for queries alone, without a block of keys."""
     longest = (context_lens[:num_reqs].max() if num_reqs else 0) + num_rows
     scores0, scores1 = np.empty(longest, np.float32), np.empty(longest, np.float32)
     sum0, sum1 = np.zeros(dim, np.float32), np.zeros(dim, np.float32)
@@ -255,13 +258,13 @@ def _draft_attention(
     width = num_kv_heads * group * dim
     for b in range(num_reqs):
         context = context_lens[b]
-        end = context + num_rows
-        first = min(context, max(0, context - window + 1)) if window > 0 else 0
+        end = context + num_rows * own
+        first = min(context, max(0, context - window + own)) if window > 0 else 0
         _slots(starts, tables[b * table_stride :], first, context, block_size, stride_block, stride_slot)
         for h in range(num_kv_heads):
             for j in range(first, context):
                 head_starts[j] = starts[j] + h * stride_head
-            for j in range(num_rows):
+            for j in range(num_rows * own):
                 head_starts[context + j] = ((b * num_rows + j) * num_kv_heads + h) * dim
             for r in range(0, num_rows * group, 2):
                 s = min(r + 1, num_rows * group - 1)
@@ -345,15 +348,17 @@ def tree_attention(q, k_cache, v_cache, block_table, query_start_loc, seq_lens, 
 
 def paged_draft_attention(q, k_cache, v_cache, block_table, context_lens, k_block, v_block, **options):
     """``reference.paged_draft_attention``, without scales for float32 (an unquantised cache has none)."""
-    out = options["out"]
-    if not _all_fp32(q, k_cache, v_cache, k_block, v_block, out):
+    out, own = options["out"], k_block is not None
+    # Compiled code takes an array where there is none, and does not read it.
+    k_own, v_own = (k_block, v_block) if own else (q, q)
+    if not _all_fp32(q, k_cache, v_cache, k_own, v_own, out):
         return reference.paged_draft_attention(
             q, k_cache, v_cache, block_table, context_lens, k_block, v_block, **options
         )
     _draft_attention(
-        flat(q.contiguous()), flat(k_cache), flat(v_cache), flat(k_block.contiguous()), flat(v_block.contiguous()),
+        flat(q.contiguous()), flat(k_cache), flat(v_cache), flat(k_own.contiguous()), flat(v_own.contiguous()),
         flat(out), flat(block_table), flat(context_lens.contiguous()), q.shape[0], q.shape[1], block_table.stride(0),
         *_layout(k_cache, q.shape[2]), options["scale"], options.get("sliding_window", 0),
-        int(options.get("causal", False)),
+        int(options.get("causal", False)), int(own),
     )  # fmt: skip
     return out

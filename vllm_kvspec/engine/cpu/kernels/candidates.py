@@ -199,7 +199,14 @@ def tree_level(
     candidates: reference.Candidates,
     offset: int,
 ) -> reference.Parents | None:
-    """``reference_candidates.tree_level``, also with a packed ``transition_out``."""
+    """``reference_candidates.tree_level``, also with a packed ``transition_out``. Parents with tokens of their own, a
+    small part of the vocabulary, take the twin."""
+    if draft_ids is not None and draft_ids.dim() == 3:
+        return reference.tree_level(
+            logits, parents, transition_in, transition_out, level=level, depth=depth, base=base,
+            idx_mapping=idx_mapping, temperature=temperature, seeds=seeds, coupled=coupled, greedy_scale=greedy_scale,
+            chain=chain, draft_ids=draft_ids, candidates=candidates, offset=offset,
+        )  # fmt: skip
     noise, scale, chains = _given(
         base, torch.tensor([depth]), idx_mapping, temperature, seeds, coupled, greedy_scale, chain, draft_ids,
         logits.shape[-1],

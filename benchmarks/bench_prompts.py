@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every method on the same prompts, with a real target and a real head: texts, accepted tokens, tokens per second.
+
+    python benchmarks/bench_prompts.py --target TARGET --head HEAD --prompts prompts.jsonl
+
+Engines run one after another in processes of their own, on the prompts one at a time and several together. Each text
+must be that of Model Runner V2 without speculation; how many are is in the table. Prompts: Spec-Bench's form
+({"category": ..., "turns": [...]}), of which the first turn is asked, the same number of each category.
+"""
+
+import argparse
+import itertools
+import json
+import statistics
+import sys
+import tempfile
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import report
+import torch
+from bench_engine import run
+
+# On a CPU "native" is what vLLM serves with there, Model Runner V1 ("ngram" as well); "none" is Model Runner V2, on
+# which kvspec runs.
+V1_ON_CPU = ("native", "ngram")
+METHODS = ("native", "none", "ngram", "recycle", "chain", "8", "16", "32", "auto")
+METHOD = (
+    "tau: tokens per engine step of a request that is alone, after its prompt's; mean over prompts and its standard "
+    "error. identical: texts equal to those without speculation (a difference can be a near-tie of logits "
+    "that two batch shapes round differently). tokens/s: over the whole run, prompts and prefill included."
+)
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--target", required=True)
+    parser.add_argument("--head", required=True)
+    parser.add_argument("--prompts", type=Path, required=True)
+    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
+    parser.add_argument("--num-prompts", type=int, default=40)
+    parser.add_argument("--max-tokens", type=int, default=128)
+    parser.add_argument("--temperatures", nargs="+", type=float, default=[0.0, 0.7, 1.0])
+    parser.add_argument("--batch", nargs="+", type=int, default=[1, 8], help="requests at a time; 1 is needed for tau")
+    parser.add_argument("--rounds", type=int, default=1, help="of all prompts; the fastest counts")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--max-model-len", type=int, default=2048)
+    parser.add_argument("--engine", type=json.loads, default={}, help="more arguments of vllm.LLM, as JSON")
+    parser.add_argument("--timeout", type=float, default=3600, help="seconds per method")
+    parser.add_argument("--output", type=Path, help="without suffix; default benchmarks/results/prompts-<device>")
+    arguments = parser.parse_args(argv)
+    arguments.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if arguments.device != "cpu" and "native" in arguments.methods:
+        arguments.methods = [method for method in arguments.methods if method != "native"]
+    if "none" not in arguments.methods:
+        parser.error('--methods must have "none": what every text is compared with')
+    return arguments
+
+
+def chosen_prompts(path: Path, count: int) -> list[dict[str, Any]]:
+    """``count`` rows, taken in turn from every category."""
+    groups: dict[str, list[dict]] = defaultdict(list)
+    for line in path.read_text().splitlines():
+        row = json.loads(line)
+        groups[row["category"]].append({"category": row["category"], "text": row["turns"][0]})
+    together = itertools.zip_longest(*groups.values())
+    return [row for rows in together for row in rows if row][:count]
+
+
+def speculative_config(method: str, head: str) -> dict[str, Any] | None:
+    """vLLM's speculative config of a method."""
+    if method in ("native", "none"):
+        return None
+    if method == "ngram":
+        return {"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_min": 2, "prompt_lookup_max": 5}
+    if method == "recycle":
+        return {"method": "kvspec", "num_speculative_tokens": 16, "budget": "fixed"}
+    kvspec = {"method": "kvspec", "model": head, "budget": "fixed"}
+    if method == "auto":
+        return kvspec | {"num_speculative_tokens": 16, "budget": "auto"}
+    if method == "chain":
+        return kvspec | {"tree": "chain"}
+    return kvspec | {"num_speculative_tokens": int(method)}
+
+
+def job(arguments: argparse.Namespace, method: str, prompts: list[dict]) -> dict[str, Any]:
+    """What a worker process does (``prompt_worker.py``)."""
+    engine = {
+        "model": arguments.target,
+        "dtype": arguments.dtype,
+        "max_model_len": arguments.max_model_len,
+        "max_num_seqs": max(arguments.batch),
+        "disable_log_stats": False,
+        "enable_prefix_caching": False,
+        "speculative_config": speculative_config(method, arguments.head),
+    }
+    if arguments.device == "cpu":
+        engine |= {"enforce_eager": True, "kv_cache_memory_bytes": 2 << 30, "block_size": 32}
+        if method == "none":
+            engine["worker_cls"] = "vllm_kvspec.engine.cpu.worker.PlainV2CPUWorker"
+    keys = ("temperatures", "batch", "max_tokens", "rounds")
+    return {
+        "engine": engine | arguments.engine,
+        "prompts": [prompt["text"] for prompt in prompts],
+        **{key: getattr(arguments, key) for key in keys},
+    }
+
+
+def rows_of(method: str, found: list[dict], plain: list[dict]) -> list[dict[str, Any]]:
+    """A table's rows of a method, one for each temperature and batch; ``plain``: what "none" found."""
+    texts = {(one["temperature"], one["batch"]): one["token_ids"] for one in plain}
+    rows = []
+    for one in found:
+        row = {"method": method, "T": one["temperature"], "batch": one["batch"], "tau": None, "standard error": None}
+        if taus := one["taus"]:
+            row |= {"tau": statistics.mean(taus), "standard error": statistics.stdev(taus) / len(taus) ** 0.5}
+        expected = texts.get((one["temperature"], one["batch"]))
+        # Model Runner V1 draws other noise.
+        comparable = one["temperature"] == 0 or torch.cuda.is_available() or method not in V1_ON_CPU
+        if expected and method != "none" and comparable:
+            same = sum(have == want for have, want in zip(one["token_ids"], expected, strict=True))
+            row["identical"] = f"{same} of {len(expected)}"
+        rows.append(row | {"tokens/s": one["tokens/s"]})
+    return rows
+
+
+def tau_by_category(found: dict[str, list[dict]], prompts: list[dict], temperature: float) -> list[dict[str, Any]]:
+    """One row per method: mean tau of each category's prompts."""
+    rows = []
+    for method, results in found.items():
+        for one in results:
+            if one["temperature"] != temperature or not one["taus"]:
+                continue
+            groups = defaultdict(list)
+            for prompt, value in zip(prompts, one["taus"], strict=True):
+                groups[prompt["category"]].append(value)
+            rows.append({"method": method} | {name: statistics.mean(values) for name, values in groups.items()})
+    return rows
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parse_arguments(argv)
+    prompts = chosen_prompts(arguments.prompts, arguments.num_prompts)
+    found: dict[str, list[dict]] = {}
+    # First what the others are compared with.
+    methods = sorted(arguments.methods, key=lambda method: method != "none")
+    with tempfile.TemporaryDirectory() as scratch:
+        for method in methods:
+            results, problem = run(job(arguments, method, prompts), Path(scratch), arguments, "prompt_worker.py")
+            if problem:
+                print(f"error: {method}: {problem}", file=sys.stderr)
+            found[method] = results
+            for row in rows_of(method, results, found["none"]):
+                print(json.dumps(row), flush=True)
+    rows = [row for method in arguments.methods for row in rows_of(method, found[method], found["none"])]
+    baseline = "native" if found.get("native") else "none"
+    own = {(row["T"], row["batch"]): row["tokens/s"] for row in rows if row["method"] == baseline}
+    for row in rows:
+        if base := own.get((row["T"], row["batch"])):
+            row["speed-up"] = row["tokens/s"] / base
+    device = torch.device(arguments.device)
+    conditions = report.conditions(device, dtype=arguments.dtype, prompts=len(prompts), max_tokens=arguments.max_tokens)
+    table = report.table(tau_by_category(found, prompts, arguments.temperatures[0]))
+    notes = [METHOD, f"Tau by category at temperature {arguments.temperatures[0]:g}:\n\n{table}"]
+    output = arguments.output or report.RESULTS / f"prompts-{arguments.device}"
+    report.write(output, "Every method on the same prompts", conditions, rows, notes)
+    print(f"wrote {output}.json and {output}.md")
+    return 0 if all(found.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

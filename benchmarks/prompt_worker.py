@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One method of ``bench_prompts.py`` in a process of its own: ``prompt_worker.py job.json out.jsonl``."""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+# A histogram with one observation per engine step.
+STEPS = "vllm:iteration_tokens_total"
+
+
+def engine_steps(llm) -> int:
+    """Since the engine's start."""
+    return sum(metric.count for metric in llm.get_metrics() if metric.name == STEPS)
+
+
+def measure(llm, prompts: list[dict], temperature: float, batch: int, job: dict[str, Any]) -> dict[str, Any]:
+    """All prompts, ``batch`` at a time: token ids, tokens per second, and alone the tokens per step of each."""
+    from vllm import SamplingParams
+
+    params = [
+        SamplingParams(temperature=temperature, max_tokens=job["max_tokens"], seed=i) for i in range(len(prompts))
+    ]
+    # The engine takes as many at a time as it may; fewer are given to it in parts.
+    parts = [slice(None)] if batch > 1 else [slice(i, i + 1) for i in range(len(prompts))]
+    best, token_ids, taus = 0.0, [], []
+    for _ in range(job["rounds"]):
+        token_ids, taus, start = [], [], time.perf_counter()
+        for part in parts:
+            before = engine_steps(llm)
+            outputs = llm.generate(prompts[part], params[part], use_tqdm=False)
+            token_ids += [list(output.outputs[0].token_ids) for output in outputs]
+            # The prompt's step gives one token.
+            taus.append((len(token_ids[-1]) - 1) / max(1, engine_steps(llm) - before - 1))
+        best = max(best, sum(map(len, token_ids)) / (time.perf_counter() - start))
+    return {
+        "temperature": temperature,
+        "batch": batch,
+        "token_ids": token_ids,
+        "taus": taus if batch == 1 else None,
+        "tokens/s": best,
+    }
+
+
+def main() -> None:
+    job = json.loads(Path(sys.argv[1]).read_text())
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(**job["engine"])
+    tokenizer = llm.get_tokenizer()
+    chats = ([{"role": "user", "content": text}] for text in job["prompts"])
+    texts = [tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False) for chat in chats]
+    prompts = [{"prompt_token_ids": tokenizer(text, add_special_tokens=False)["input_ids"]} for text in texts]
+    # What is compiled or packed at first use is not timed.
+    llm.generate(prompts[:2], SamplingParams(temperature=1.0, max_tokens=8, seed=0), use_tqdm=False)
+    with Path(sys.argv[2]).open("w") as out:
+        for temperature in job["temperatures"]:
+            for batch in job["batch"]:
+                print(json.dumps(measure(llm, prompts, temperature, batch, job)), file=out, flush=True)
+
+
+if __name__ == "__main__":
+    main()

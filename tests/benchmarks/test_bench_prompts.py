@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The comparison of methods on prompts: the bundled pair end to end, and that a difference is counted."""
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+
+TINY = Path(__file__).parents[2] / "examples" / "tiny"
+ROWS = [{"category": "code", "turns": ["def add(a, b):"]}, {"category": "chat", "turns": ["import os\n"]}]
+
+
+@pytest.fixture
+def bench():
+    return importlib.import_module("bench_prompts")
+
+
+def result(token_ids: list[list[int]], taus: list[float] | None, temperature: float = 0.0, batch: int = 1) -> dict:
+    return {"temperature": temperature, "batch": batch, "token_ids": token_ids, "taus": taus, "tokens/s": 10.0}
+
+
+def test_rows(bench):
+    plain = [result([[1, 2], [3, 4]], [1.0, 1.0]), result([[1, 2], [3, 4]], None, batch=8)]
+    same, eight = bench.rows_of(
+        "8", [result([[1, 2], [3, 4]], [2.0, 3.0]), result([[1, 2], [3, 5]], None, batch=8)], plain
+    )
+    assert (same["tau"], same["standard error"], same["identical"]) == (2.5, 0.5, "2 of 2")
+    assert (eight["tau"], eight["identical"]) == (None, "1 of 2")
+
+
+def test_prompts_of_every_category(bench, tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in [ROWS[0]] * 3 + [ROWS[1]] * 3))
+    assert [row["category"] for row in bench.chosen_prompts(path, 4)] == ["code", "chat", "code", "chat"]
+
+
+@pytest.mark.e2e
+@pytest.mark.slow
+def test_the_bundled_pair(bench, tmp_path):
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    arguments = ["--target", str(TINY / "target"), "--head", str(TINY / "draft"), "--max-tokens", "12"]
+    arguments += ["--prompts", str(tmp_path / "prompts.jsonl"), "--max-model-len", "256", "--batch", "1", "2"]
+    arguments += ["--methods", "none", "8", "--temperatures", "0", "0.7", "--output", str(tmp_path / "out")]
+    assert bench.main(arguments) == 0
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert len(rows) == 8
+    for row in rows:
+        if row["method"] == "8":
+            assert row["identical"] == "2 of 2"
+            assert row["tau"] is None if row["batch"] == 2 else row["tau"] > 1.2
+        elif row["batch"] == 1:
+            assert row["tau"] == 1.0

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Small Gemma 4 targets of each kind, with random weights and the bundled target's tokenizer, and their assistants."""
+
+import shutil
+from pathlib import Path
+
+import torch
+from architectures import CASES
+from engine_runner import TARGET
+from transformers import AutoConfig, AutoModelForCausalLM, Gemma4AssistantConfig, Gemma4AssistantForCausalLM
+
+KINDS = {case.kind: case for case in CASES if case.model_type == "gemma4_text"}
+MAX_POSITION = 512
+# Tokens of a row of training, and drafted tokens of each position in it.
+LENGTH, UNROLLED = 96, 4
+
+
+def write_target(kind: str, directory: Path, **fields) -> str:
+    """A target of six layers: twice two of sliding attention and one of full attention."""
+    torch.manual_seed(0)
+    vocab_size = AutoConfig.from_pretrained(TARGET).vocab_size
+    shape = dict(
+        vocab_size=vocab_size, max_position_embeddings=MAX_POSITION, num_hidden_layers=6,
+        layer_types=["sliding_attention", "sliding_attention", "full_attention"] * 2,
+    )  # fmt: skip
+    if kind == "small":
+        shape |= dict(vocab_size_per_layer_input=vocab_size, num_kv_shared_layers=3)
+    config = AutoConfig.for_model("gemma4_text", **KINDS[kind].config | shape | fields)
+    save(AutoModelForCausalLM.from_config(config), directory)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(Path(TARGET) / name, directory)
+    return str(directory)
+
+
+def write_assistant(target: str, directory: Path, *, ordered: bool = False, **fields) -> str:
+    """An assistant of four layers, half as wide as its target. ``ordered``: it scores clusters of the vocabulary."""
+    torch.manual_seed(1)
+    config = AutoConfig.from_pretrained(target)
+    full = config.per_layer_config[config.num_hidden_layers - 1]
+    text = dict(
+        vocab_size=config.vocab_size, hidden_size=32, intermediate_size=48, num_hidden_layers=4,
+        layer_types=["sliding_attention"] * 3 + ["full_attention"], sliding_window=config.sliding_window,
+        num_attention_heads=4, num_key_value_heads=config.per_layer_config[0].num_key_value_heads,
+        num_global_key_value_heads=full.num_key_value_heads, attention_k_eq_v=config.attention_k_eq_v,
+        head_dim=config.per_layer_config[0].head_dim, global_head_dim=full.head_dim,
+        max_position_embeddings=MAX_POSITION, initializer_range=0.1,
+        hidden_size_per_layer_input=0, vocab_size_per_layer_input=0, num_kv_shared_layers=4,
+    )  # fmt: skip
+    config = Gemma4AssistantConfig(
+        text_config=text | fields, backbone_hidden_size=config.hidden_size, use_ordered_embeddings=ordered,
+        num_centroids=64, centroid_intermediate_top_k=4,
+    )  # fmt: skip
+    save(Gemma4AssistantForCausalLM(config), directory)
+    return str(directory)
+
+
+def teach(
+    model_dir: str, texts: list[list[int]], steps: int, assistant_dir: str | None = None, batch: int = 16
+) -> None:
+    """Train a target on ``texts`` (token ids), or its assistant on what it says about them, in place.
+
+    The assistant as it is served: at every position a row that sees the keys before, then more from its own state, at
+    the same place.
+    """
+    torch.manual_seed(2)
+    target = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    learner, path = target, model_dir
+    if assistant_dir:
+        learner = Gemma4AssistantForCausalLM.from_pretrained(assistant_dir, dtype=torch.float32)
+        path = assistant_dir
+    stream = torch.tensor([token for text in texts for token in text])
+    optimizer = torch.optim.AdamW(learner.parameters(), lr=3e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
+    length = min(LENGTH, len(stream) - 1)
+    for _ in range(steps):
+        ids = stream[torch.randint(len(stream) - length, (batch, 1)) + torch.arange(length)]
+        loss = _distil(target, learner, ids) if assistant_dir else target(input_ids=ids, labels=ids).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    learner.save_pretrained(path)
+
+
+def _distil(target, assistant, ids: torch.Tensor) -> torch.Tensor:
+    """Cross entropy of the assistant's first ``UNROLLED`` tokens against the target's distributions."""
+    with torch.no_grad():
+        seen = target.model(ids, use_cache=False, return_shared_kv_states=True)
+        logits = target(ids).logits
+        embeds = target.get_input_embeddings()(ids)
+    # Row i drafts for the anchor at position i + 1: it stands at i, and sees the keys up to there.
+    rows = ids.shape[1] - UNROLLED
+    place, key = torch.arange(rows)[:, None], torch.arange(ids.shape[1])
+    window = target.config.sliding_window
+    masks = {"full_attention": key <= place, "sliding_attention": (key <= place) & (place - key < window)}
+    state, loss = seen.last_hidden_state[:, :rows], 0.0
+    for step in range(UNROLLED):
+        inputs = torch.cat((embeds[:, 1 + step : 1 + step + rows], state), dim=-1)
+        hidden = assistant.model(
+            inputs_embeds=assistant.pre_projection(inputs),
+            attention_mask={kind: mask[None, None] for kind, mask in masks.items()},
+            position_ids=torch.arange(rows)[None],
+            shared_kv_states=seen.shared_kv_states,
+            use_cache=False,
+        ).last_hidden_state
+        state = assistant.post_projection(hidden)
+        wanted = logits[:, 1 + step : 1 + step + rows].softmax(-1)
+        loss = loss - (wanted * assistant.lm_head(hidden).log_softmax(-1)).sum(-1).mean() / UNROLLED
+    return loss
+
+
+@torch.no_grad()
+def save(model, directory: Path) -> None:
+    """With norms and factors that are not what they begin as, and the vocabulary's clusters in some order.
+
+    Attention is softer than it begins: sharp, it would make much of the last digits.
+    """
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            parameter.add_(0.2 * torch.randn_like(parameter))
+        if "q_norm" in name:
+            parameter.mul_(0.2)
+    for name, buffer in model.named_buffers():
+        if "layer_scalar" in name:
+            buffer.fill_(0.7)
+        if "token_ordering" in name:
+            buffer.copy_(torch.randperm(len(buffer)))
+    model.save_pretrained(directory)

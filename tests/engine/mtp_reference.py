@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM's own ``mtp`` with a Gemma 4 assistant on Model Runner V2, without a GPU: a script like ``engine_runner.py``.
+
+    python tests/engine/mtp_reference.py job.json out.json
+
+A job is ``{"engine": {LLM arguments}, "batches": [...]}``; the result ``{"outputs", "drafts", "counters"}``, with the
+tokens that were drafted after every step. The target and the assistant run vLLM's code on our attention for the CPU;
+the kernels that prepare drafts and verify them are vLLM's, interpreted.
+"""
+
+import importlib
+import json
+import os
+import sys
+from pathlib import Path
+
+os.environ["TRITON_INTERPRET"] = "1"
+sys.path.append(str(Path(__file__).parents[1]))
+
+# Replaces torch.cuda streams and events; must come before anything below vllm.v1.worker.gpu.
+# isort: off
+import vllm.v1.worker.cpu.shm  # noqa: F401
+
+# isort: on
+import engine_runner
+import interpreted_vllm
+import torch
+from vllm.v1.worker.gpu.spec_decode.gemma4.speculator import Gemma4Speculator
+
+from vllm_kvspec.engine.cpu.worker import PlainV2CPUWorker
+from vllm_kvspec.engine.verify.attention import HasTreeState
+from vllm_kvspec.engine.verify.attention_registry import cpu_backend
+from vllm_kvspec.engine.verify.tree_state import TreeState
+
+INTERPRETED = ("spec_decode.target_dependent_ar.speculator", "spec_decode.rejection_sampler_utils")
+DRAFTS: list[list[list[int]]] = []
+
+
+def interpret_kernels() -> None:
+    interpreted_vllm.MODULES += INTERPRETED
+    for name in INTERPRETED:
+        module = importlib.import_module(f"vllm.v1.worker.gpu.{name}")
+        for kernel, value in vars(interpreted_vllm.vllm_module(name)).items():
+            if kernel.endswith("_kernel"):
+                setattr(module, kernel, value)
+
+
+def load_model(self, *args, **kwargs) -> None:
+    # No request has tree rows.
+    HasTreeState.tree_state = TreeState(self.scheduler_config.max_num_seqs, 1, torch.device("cpu"))
+    interpret_kernels()
+    with cpu_backend():
+        super(PlainV2CPUWorker, self).load_model(*args, **kwargs)
+
+
+def recorded(propose):
+    def call(self, *args, dummy_run: bool = False, **kwargs):
+        tokens = propose(self, *args, dummy_run=dummy_run, **kwargs)
+        if not dummy_run:
+            DRAFTS.append(tokens.tolist())
+        return tokens
+
+    return call
+
+
+def main() -> None:
+    job = json.loads(Path(sys.argv[1]).read_text())
+    Gemma4Speculator.propose = recorded(Gemma4Speculator.propose)
+    PlainV2CPUWorker.load_model = load_model
+    llm = engine_runner.make_llm(job["engine"] | engine_runner.ON_CPU)
+    # Not those of the passes that warm the engine up.
+    DRAFTS.clear()
+    outputs = engine_runner.generate(llm, job["batches"])
+    result = {"outputs": outputs, "drafts": DRAFTS, "counters": engine_runner.spec_counters(llm)}
+    Path(sys.argv[2]).write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gemma 4 targets with their assistants as token trees: the text is that of plain decoding, the assistant's numbers are
+transformers', and a chain of it is the one that vLLM's own ``mtp`` drafts."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import requests_mix
+import torch
+from engine_runner import PLAIN_ENGINE, ROOT, generate, quick_engines, run_script, spec_counters
+from gemma4_pairs import KINDS, write_assistant, write_target
+from requests_mix import ALL, BATCHES, CORE
+from transformers import AutoModelForCausalLM, Gemma4AssistantForCausalLM
+
+HERE = Path(__file__).parent
+WINDOW = KINDS["dense"].config["sliding_window"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def less_waiting():
+    with quick_engines():
+        yield
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory) -> dict[str, tuple[str, str]]:
+    """(target, assistant) of each kind; the small kind's assistant, as the published ones', scores clusters."""
+    root = tmp_path_factory.mktemp("pairs")
+    targets = {kind: write_target(kind, root / kind) for kind in KINDS}
+    return {
+        kind: (target, write_assistant(target, root / f"{kind}-assistant", ordered=kind == "small"))
+        for kind, target in targets.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def plain(pairs, tmp_path_factory) -> dict[str, dict[str, list]]:
+    """What plain vLLM answers with each target to each batch."""
+    batches = [make() for make in BATCHES.values()]
+    jobs = [{"engine": {"model": target, **PLAIN_ENGINE}, "batches": batches} for target, _ in pairs.values()]
+    outputs = run_script({"jobs": jobs}, tmp_path_factory.mktemp("plain"))["outputs"]
+    return {kind: dict(zip(BATCHES, found, strict=True)) for kind, found in zip(pairs, outputs, strict=True)}
+
+
+@pytest.fixture
+def serve(pairs, make_engine, spec):
+    """An engine for a kind; ``keys`` of the speculative config, engine options as keywords."""
+
+    def start(kind: str, keys: dict, **engine):
+        target, assistant = pairs[kind]
+        return make_engine(spec(**{"model": assistant} | keys), model=target, **engine)
+
+    return start
+
+
+@pytest.fixture
+def check(plain, same):
+    def run(llm, kind: str, names: tuple[str, ...]) -> None:
+        same(generate(llm, [BATCHES[name]() for name in names]), [plain[kind][name] for name in names], kind)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def oracle_files(plain, tmp_path_factory) -> dict[str, str]:
+    root, files = tmp_path_factory.mktemp("oracle"), {}
+    for kind, answers in plain.items():
+        texts = [
+            request["prompt"] + sample["token_ids"]
+            for name, make in BATCHES.items()
+            for request, samples in zip(make(), answers[name], strict=True)
+            for sample in samples
+        ]
+        (root / kind).write_text(json.dumps(texts))
+        files[kind] = str(root / kind)
+    return files
+
+
+@pytest.mark.parametrize(
+    ("kind", "keys", "names"),
+    [
+        pytest.param("small", {}, ALL, id="small"),
+        pytest.param("dense", {}, ALL, id="dense"),
+        pytest.param("experts", {}, (*CORE, "mixed"), id="experts"),
+        pytest.param("small", {"tree": [3, 2, 1], "num_speculative_tokens": 15}, (*CORE, "mixed"), id="small-fixed"),
+        pytest.param("dense", {"num_speculative_tokens": 40, "tree_depth": 9}, CORE, id="deep"),
+        pytest.param("small", {"tree": "chain", "num_speculative_tokens": 5}, CORE, id="small-chain"),
+        pytest.param("dense", {"drafter": "random"}, CORE, id="dense-random"),
+        pytest.param("small", {"drafter": "random"}, CORE, id="small-random"),
+    ],
+)
+def test_text_is_that_of_plain_decoding(serve, check, kind, keys, names):
+    with serve(kind, keys) as llm:
+        check(llm, kind, names)
+        assert spec_counters(llm)["accepted_tokens"] > 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_oracle_trees(serve, check, oracle_files, kind):
+    """Long accepted paths through side branches: their rows move in every cache, in a shared one once."""
+    with serve(kind, {"drafter": "oracle", "oracle_file": oracle_files[kind], "num_speculative_tokens": 14}) as llm:
+        check(llm, kind, CORE)
+        counters = spec_counters(llm)
+    assert counters["accepted_tokens"] / counters["drafts"] > 1.0
+
+
+@pytest.mark.parametrize("kind", ["small", "dense"])
+def test_chunked_prefill_and_preemption(serve, check, kind):
+    options = {"max_num_batched_tokens": 48, "max_num_seqs": 5, "enable_chunked_prefill": True}
+    with serve(kind, {"num_speculative_tokens": 8}, num_gpu_blocks_override=40, **options) as llm:
+        check(llm, kind, CORE)
+        preemptions = sum(m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions")
+    assert preemptions > 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_assistant_is_that_of_transformers(pairs, serve, kind):
+    """Scores and next states of every level's rows, within the window and beyond it."""
+    target, assistant = (
+        cls.from_pretrained(path, dtype=torch.float32).eval()
+        for cls, path in zip((AutoModelForCausalLM, Gemma4AssistantForCausalLM), pairs[kind], strict=True)
+    )
+    calls = []
+    with serve(kind, {}) as llm:
+        head = speculator_of(llm).model
+        forward = head.forward
+
+        def recorded(embeds, state, base, *rest):
+            hidden, following = forward(embeds, state, base, *rest)
+            calls.append((embeds.clone(), state.clone(), int(base[0]), following.clone(), *head.logits(hidden)))
+            return hidden, following
+
+        head.forward = recorded
+        request = requests_mix.request(5, 0, temperature=0.0)
+        text = request["prompt"] + generate(llm, [[request]])[0][0][0]["token_ids"]
+    shared = target.model(torch.tensor([text]), use_cache=False, return_shared_kv_states=True).shared_kv_states
+    windows = {"full_attention": lambda base: 0, "sliding_attention": lambda base: max(0, base - WINDOW)}
+    compared = [call for call in calls if call[2] < len(text)]
+    assert max(call[0].shape[1] for call in compared) == 8 and max(call[2] for call in compared) > 30
+    for embeds, state, base, following, logits, tokens in compared:
+        for row in range(embeds.shape[1]):
+            wanted = assistant(
+                inputs_embeds=torch.cat((embeds[:, row : row + 1], state[:, row : row + 1]), dim=-1),
+                position_ids=torch.tensor([[base - 1]]),
+                # Its mask shows one key more than the window; its cache holds none more.
+                shared_kv_states={
+                    kind: tuple(x[:, :, windows[kind](base) : base] for x in kv) for kind, kv in shared.items()
+                },
+            )
+            close = dict(atol=2e-3, rtol=2e-3)
+            torch.testing.assert_close(following[:, row], wanted.last_hidden_state[:, 0], **close)
+            scored = wanted.logits[0, 0] if tokens is None else wanted.logits[0, 0, tokens[0, row]]
+            torch.testing.assert_close(logits[0, row], scored, **close)
+            if tokens is not None:
+                # All the others have one score, below.
+                assert len(tokens[0, row].unique()) == len(scored)
+                assert (wanted.logits[0, 0] > wanted.logits.min()).sum() == len(scored)
+
+
+def speculator_of(llm):
+    return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner.speculator
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_chain_is_the_one_that_vllm_drafts(pairs, serve, tmp_path, kind):
+    """Every drafted token of every step, with vLLM's own speculator and model on the same attention."""
+    batches = [requests_mix.greedy_batch()]
+    target, assistant = pairs[kind]
+    mtp = {"method": "mtp", "model": assistant, "num_speculative_tokens": 4}
+    job = {"engine": {"model": target, "speculative_config": mtp}, "batches": batches}
+    (tmp_path / "job.json").write_text(json.dumps(job))
+    done = subprocess.run(
+        [sys.executable, str(HERE / "mtp_reference.py"), "job.json", "out.json"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), str(HERE)))},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    expected, drafts, gaps = json.loads((tmp_path / "out.json").read_text()), [], []
+    with serve(kind, {"tree": "chain", "num_speculative_tokens": 4}) as llm:
+        speculator = speculator_of(llm)
+        propose = speculator.propose
+
+        def recorded(*args, **kwargs):
+            tokens = propose(*args, **kwargs)
+            drafts.append(tokens.tolist())
+            return tokens
+
+        speculator.propose = recorded
+        logits = speculator.drafter.logits
+        speculator.drafter.logits = lambda hidden: with_gaps(logits(hidden), gaps)
+        outputs = generate(llm, batches)
+        counters = spec_counters(llm)
+    assert outputs == expected["outputs"] and counters == expected["counters"]
+    assert len(drafts) > 30
+    for step, (ours, theirs) in enumerate(zip(drafts, expected["drafts"], strict=True)):
+        for row, (mine, other) in enumerate(zip(ours, theirs, strict=True)):
+            level = next((i for i in range(4) if mine[i] != other[i]), None)
+            # But for ties of two tokens.
+            assert level is None or gaps[4 * step + level][row] < 1e-4, (step, row, level)
+
+
+def with_gaps(scored, gaps: list):
+    best = scored[0][:, 0].topk(2).values
+    gaps.append((best[:, 0] - best[:, 1]).tolist())
+    return scored
