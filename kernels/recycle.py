@@ -523,5 +523,7 @@ def recycle_tree(
             BLOCK_NODES=block_nodes,
             BLOCK_HEAD=triton.next_power_of_2(head.score.shape[1]) if head else 1,
             num_warps=2 if block_nodes <= 32 else 4,
+            # Unless told so, ptxas spills a few registers to fit one more block on a multiprocessor.
+            maxnreg=255,
         )
     return tokens, parent, depth, mask
