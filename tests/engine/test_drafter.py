@@ -17,6 +17,7 @@ from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed import cleanup_dist_env_and_memory, init_distributed_environment, initialize_model_parallel
 
 from vllm_kvspec.engine.draft.head import KVSpecDraftModel
+from vllm_kvspec.engine.draft import head_drafter
 from vllm_kvspec.engine.draft.head_drafter import Drafter
 from vllm_kvspec.engine.draft.logits import DraftLogits
 from vllm_kvspec.engine.target_kv import PagedLayer, empty_layer
@@ -293,3 +294,10 @@ def test_weights_may_be_updated_in_chunks(target, tmp_path):
         assert model.load_weights([(name, tensor)]) == {name}
     assert torch.equal(model.norm.weight, changed["norm.weight"])
     torch.testing.assert_close(model.transition[1](torch.eye(8)), before + 1)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_repeated_rows_lie_one_after_another(rows):
+    """Kernels step from one to the next, also where a single request has several paths."""
+    repeated = head_drafter._repeat(torch.arange(rows), 3)
+    assert repeated.tolist() == [row for row in range(rows) for _ in range(3)] and repeated.stride() == (1,)

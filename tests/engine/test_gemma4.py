@@ -4,6 +4,7 @@ transformers', and a chain of it is the one that vLLM's own ``mtp`` drafts."""
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,9 @@ import torch
 from engine_runner import PLAIN_ENGINE, ROOT, generate, quick_engines, run_script, spec_counters
 from gemma4_pairs import KINDS, write_assistant, write_target
 from requests_mix import ALL, BATCHES, CORE
-from transformers import AutoModelForCausalLM, Gemma4AssistantForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, Gemma4AssistantForCausalLM
+from vllm.engine.arg_utils import EngineArgs
 
 HERE = Path(__file__).parent
 WINDOW = KINDS["dense"].config["sliding_window"]
@@ -211,3 +214,84 @@ def with_gaps(scored, gaps: list):
     best = scored[0][:, 0].topk(2).values
     gaps.append((best[:, 0] - best[:, 1]).tolist())
     return scored
+
+
+def configured(target: str, assistant: str, **keys):
+    arguments = EngineArgs(
+        model=target, dtype="float32", speculative_config={"method": "kvspec", "model": assistant, **keys}
+    )
+    return arguments.create_engine_config().speculative_config
+
+
+@pytest.mark.parametrize(
+    ("keys", "nodes", "depth"),
+    [
+        ({}, 12, 6),
+        ({"tree_depth": 4}, 8, 4),
+        ({"num_speculative_tokens": 40, "tree_depth": 9}, 40, 9),
+        ({"tree": "chain"}, 6, 6),
+        ({"tree": "chain", "num_speculative_tokens": 30}, 30, 30),
+        ({"tree": [1, 1, 1, 1, 1, 1, 1, 2]}, 9, 8),
+    ],
+)
+def test_depth_is_asked_for(pairs, keys, nodes, depth):
+    config = configured(*pairs["dense"], **keys)
+    assert (config.num_speculative_tokens, config.max_depth(config.draft_model_config.hf_config)) == (nodes, depth)
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [({"tree": "chain", "tree_depth": 3}, 'tree_depth is for tree "auto"'), ({"tree_depth": 0}, "at least 1")],
+)
+def test_depths_that_no_tree_has(pairs, keys, words):
+    with pytest.raises(ValueError, match=words):
+        configured(*pairs["dense"], **keys)
+
+
+def test_an_assistant_of_another_target(pairs, tmp_path):
+    with pytest.raises(ValueError, match="4 heads of 32 in layer 0, which reads 1 KV heads of 16"):
+        configured(write_target("small", tmp_path / "other", head_dim=16), pairs["small"][1])
+    with pytest.raises(ValueError, match="backbone_hidden_size 64 where the target has 32"):
+        configured(write_target("dense", tmp_path / "narrow", hidden_size=32), pairs["dense"][1])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"),
+            "lacks 1 tensors, first layers.1.mlp.gate_up",
+        ),
+        (lambda tensors: tensors.update(extra=torch.zeros(1)), "has a tensor extra"),
+    ],
+)
+def test_a_checkpoint_that_is_no_assistants(pairs, make_engine, spec, tmp_path, change, words):
+    target, assistant = pairs["dense"]
+    broken = shutil.copytree(assistant, tmp_path / "assistant")
+    tensors = load_file(broken / "model.safetensors")
+    change(tensors)
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=words), make_engine(spec(model=str(broken)), model=target):
+        pass
+
+
+def test_suppressed_tokens_are_not_drafted(pairs, make_engine, spec, tmp_path):
+    """generation_config.json lists tokens that an assistant must not propose; here all but ten."""
+    target, assistant = pairs["small"]
+    quiet = shutil.copytree(assistant, tmp_path / "assistant")
+    allowed, vocab_size = range(100, 110), AutoConfig.from_pretrained(target).vocab_size
+    ids = [token for token in range(vocab_size) if token not in allowed]
+    (quiet / "generation_config.json").write_text(json.dumps({"suppress_tokens": ids}))
+    with make_engine(spec(4, model=str(quiet)), model=target) as llm:
+        scored = []
+        drafter = speculator_of(llm).drafter
+        logits = drafter.logits
+
+        def recorded(hidden):
+            scored.append(logits(hidden))
+            return scored[-1]
+
+        drafter.logits = recorded
+        generate(llm, [[requests_mix.request(5, 0, temperature=0.0)]])
+    drafted = {token for found, tokens in scored for token in tokens[found.isfinite()].tolist()}
+    assert drafted and drafted <= set(allowed)
