@@ -16,8 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Qwen
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed import cleanup_dist_env_and_memory, init_distributed_environment, initialize_model_parallel
 
-from vllm_kvspec.engine.draft.head import KVSpecDraftModel
 from vllm_kvspec.engine.draft import head_drafter
+from vllm_kvspec.engine.draft.head import KVSpecDraftModel
 from vllm_kvspec.engine.draft.head_drafter import Drafter
 from vllm_kvspec.engine.draft.logits import DraftLogits
 from vllm_kvspec.engine.target_kv import PagedLayer, empty_layer

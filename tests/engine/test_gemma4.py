@@ -19,6 +19,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, Gemma4AssistantForCausalLM
 from vllm.engine.arg_utils import EngineArgs
 
+from vllm_kvspec import doctor
+
 HERE = Path(__file__).parent
 WINDOW = KINDS["dense"].config["sliding_window"]
 
@@ -295,3 +297,13 @@ def test_suppressed_tokens_are_not_drafted(pairs, make_engine, spec, tmp_path):
         generate(llm, [[requests_mix.request(5, 0, temperature=0.0)]])
     drafted = {token for found, tokens in scored for token in tokens[found.isfinite()].tolist()}
     assert drafted and drafted <= set(allowed)
+
+
+def test_the_doctor_knows_assistants(pairs, tmp_path):
+    found = {finding.name: finding for finding in doctor.findings(*pairs["small"])}
+    assert found["target"].found == "Gemma4ForCausalLM: 6 layers, 1 KV heads of 32 or 64"
+    assert "assistant of 4 layers, scores the best 4 of 64 clusters" in found["head"].found
+    assert found["head fits target"].found == "its sizes are the target's; it reads layers 1, 1, 1, 2"
+    assert found["vLLM accepts the pair"].ok
+    other = write_target("small", tmp_path / "other", head_dim=16)
+    assert "another target" in {f.name: f for f in doctor.findings(other, pairs["small"][1])}["head fits target"].found
