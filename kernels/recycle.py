@@ -17,21 +17,27 @@ import triton.language as tl
 
 from vllm_kvspec.kernels import reference_recycle as reference
 from vllm_kvspec.kernels.gumbel_noise import gumbel, noise_key, word_hash
+from vllm_kvspec.kernels.reference_candidates import Candidates
 from vllm_kvspec.kernels.reference_recycle import RecycleTable
 
 WIDTH = tl.constexpr(reference.WIDTH)
 MATCHES = tl.constexpr(reference.MATCHES)
-LANES = tl.constexpr(reference.WIDTH + reference.MATCHES)
+# A node's children by source, from these lanes on: the table, the text, guesses (also the table), a head.
+FIRST_GUESS = tl.constexpr(reference.WIDTH + reference.MATCHES)
+FIRST_HEAD = tl.constexpr(2 * reference.WIDTH + reference.MATCHES)
+LANES = tl.constexpr(2 * reference.WIDTH + reference.MATCHES + reference.HEAD_WIDTH)
 LONGEST = tl.constexpr(reference.LONGEST)
 POSITION_BITS = tl.constexpr(reference.POSITION_BITS)
 POSITION = tl.constexpr((1 << reference.POSITION_BITS) - 1)
 PAIR_TRUST = tl.constexpr(reference.PAIR_TRUST)
 TOKEN_TRUST = tl.constexpr(reference.TOKEN_TRUST)
 GUESS_TRUST = tl.constexpr(reference.GUESS_TRUST)
+GRAFT_TRUST = tl.constexpr(reference.GRAFT_TRUST)
+GREEDY_SCALE = tl.constexpr(reference.GREEDY_SCALE)
 MATCH_RATE = tl.constexpr(reference.MATCH_RATE)
 LENGTH_RATE = tl.constexpr(reference.LENGTH_RATE)
+PLACE_RATE = tl.constexpr(reference.PLACE_RATE)
 REST = tl.constexpr(reference.REST)
-GREEDY_SCALE = tl.constexpr(reference.GREEDY_SCALE)
 # Positions of a text that one program compares, and matches of blocks that are merged at once.
 MATCH_BLOCK, MERGE_BLOCK = 2048, 256
 
@@ -272,7 +278,13 @@ def _find(owner_ptr, context_ptr, owner, before, token, known, HALF: tl.constexp
     return slot, known & found
 
 
-@triton.jit(do_not_specialize=["stride_text", "num_requests", "num_nodes"])
+@triton.jit
+def _first_child(parents, candidate, origin, count):
+    """The first candidate whose parent is ``origin``, ``count`` if there is none."""
+    return tl.min(tl.where(parents == origin, candidate, count), 0)
+
+
+@triton.jit(do_not_specialize=["stride_text", "num_requests", "num_nodes", "num_candidates", "head_width"])
 def _tree_kernel(
     table_owner_ptr,
     context_ptr,
@@ -286,6 +298,9 @@ def _tree_kernel(
     chain_ptr,
     owner_ptr,
     text_ptr,
+    head_score_ptr,
+    head_token_ptr,
+    head_parent_ptr,
     tokens_out_ptr,
     parent_out_ptr,
     depth_out_ptr,
@@ -293,10 +308,14 @@ def _tree_kernel(
     stride_text,
     num_requests,
     num_nodes,
+    num_candidates,
+    head_width,
     COUPLED: tl.constexpr,
+    HAS_HEAD: tl.constexpr,
     HALF: tl.constexpr,
     SIZE: tl.constexpr,
     BLOCK_NODES: tl.constexpr,
+    BLOCK_HEAD: tl.constexpr,
 ):
     b = tl.program_id(0).to(tl.int64)
     request = tl.load(request_ptr + b)
@@ -315,8 +334,9 @@ def _tree_kernel(
     scale = tl.where(is_noisy, temperature, GREEDY_SCALE)
 
     lane = tl.arange(0, LANES)
-    of_table = lane < WIDTH
-    match = tl.load(match_ptr + b * MATCHES + lane - WIDTH, mask=(lane >= WIDTH) & is_real, other=0)
+    of_table, of_text = lane < WIDTH, (lane >= WIDTH) & (lane < FIRST_GUESS)
+    of_guess, of_head = (lane >= FIRST_GUESS) & (lane < FIRST_HEAD), lane >= FIRST_HEAD
+    match = tl.load(match_ptr + b * MATCHES + lane - WIDTH, mask=of_text & is_real, other=0)
     length, end = match >> POSITION_BITS, match & POSITION
     node = tl.arange(0, BLOCK_NODES)
     token = tl.where(node == 0, first, 0)
@@ -329,6 +349,14 @@ def _tree_kernel(
     frontier_score = tl.full([BLOCK_NODES, LANES], float("-inf"), tl.float32)
     frontier_token = tl.zeros([BLOCK_NODES, LANES], tl.int32)
     place = node[:, None] * LANES + lane[None, :]
+    # Which of the head's candidates a node is: -1 the root, -2 none.
+    origin = tl.where(node == 0, -1, -2)
+    candidate = tl.arange(0, BLOCK_HEAD)
+    if HAS_HEAD:
+        head_score_ptr += b * num_candidates
+        head_token_ptr += b * num_candidates
+        inside = candidate < num_candidates
+        parents = tl.load(head_parent_ptr + b * num_candidates + candidate, mask=inside, other=-3)
     # As soon as no child is left, the others are unused.
     num_used = tl.where(is_real, 1, 0)
 
@@ -337,21 +365,21 @@ def _tree_kernel(
         above = _at(parent, node, current)
         d = _at(depth, node, current)
         node_score = _at(score, node, current)
-        over = _at(parent, node, above)
         before = tl.where(d == 0, second, _at(token, node, above))
-        earlier = tl.where(d == 0, third, tl.where(d == 1, second, _at(token, node, over)))
+        earlier = tl.where(d == 0, third, tl.where(d == 1, second, _at(token, node, _at(parent, node, above))))
         is_used = current < num_used
 
         pair, has_pair = _find(table_owner_ptr, context_ptr, owner, before, x, is_used & (before >= 0), HALF)
-        alone, has_alone = _find(table_owner_ptr, context_ptr, owner, before * 0 - 1, x, is_used, HALF)
-        guess, has_guess = _find(table_owner_ptr, context_ptr, owner, earlier, before, is_used & (earlier >= 0), HALF)
-        is_guess = ~(has_pair | has_alone)
-        slot = tl.where(has_pair, pair, tl.where(has_alone, alone, guess))
-        trust = tl.where(has_pair, PAIR_TRUST, tl.where(has_alone, TOKEN_TRUST, GUESS_TRUST))
-        in_table = of_table & (has_pair | has_alone | has_guess)
-        log_prob = tl.load(log_prob_ptr + slot * WIDTH + lane, mask=in_table, other=float("-inf"))
-        named = tl.load(table_token_ptr + slot * WIDTH + lane, mask=in_table, other=-1)
-        in_table = in_table & ~(is_guess & (named == x)) & (log_prob > float("-inf"))
+        alone, has_alone = _find(table_owner_ptr, context_ptr, owner, -1 + 0 * before, x, is_used, HALF)
+        over, has_over = _find(table_owner_ptr, context_ptr, owner, earlier, before, is_used & (earlier >= 0), HALF)
+        other, has_other = _find(table_owner_ptr, context_ptr, owner, -1 + 0 * before, before, is_used, HALF)
+        trust = tl.where(has_pair, PAIR_TRUST, tl.where(has_alone, TOKEN_TRUST, 0.0))
+        slot = tl.where(of_guess, tl.where(has_over, over, other), tl.where(has_pair, pair, alone))
+        in_table = (of_table & (has_pair | has_alone)) | (of_guess & (has_over | has_other))
+        log_prob = tl.load(log_prob_ptr + slot * WIDTH + lane % WIDTH, mask=in_table, other=float("-inf"))
+        named = tl.load(table_token_ptr + slot * WIDTH + lane % WIDTH, mask=in_table, other=-1)
+        in_table = in_table & (of_table | (named != x)) & (log_prob > float("-inf"))
+        weight = tl.where(of_table, trust, (1.0 - trust) * GUESS_TRUST)
 
         was_alive = (_at(alive_bits, node, above) >> lane) & 1
         alive = (match > 0) & (was_alive != 0) & (end + d < base) & is_used
@@ -359,18 +387,35 @@ def _tree_kernel(
         alive_bits = tl.where(node == current, tl.sum(tl.where(alive, 1 << lane, 0), 0), alive_bits)
         followed = tl.load(text_ptr + end + d + 1, mask=alive, other=-1)
         longest = tl.max(tl.where(alive, length + d, 0), 0)
-        share = tl.where(alive, tl.exp((length + d - longest).to(tl.float32) * LENGTH_RATE), 0.0)
+        excess = (length + d - longest).to(tl.float32) * LENGTH_RATE - (lane - WIDTH).to(tl.float32) * PLACE_RATE
+        share = tl.where(alive, tl.exp(excess), 0.0)
         total = tl.sum(share, 0)
         confidence = 1.0 - tl.exp(tl.minimum(longest, LONGEST).to(tl.float32) * -MATCH_RATE)
         share = share * (confidence / tl.where(total > 0.0, total, 1.0))
-        share = tl.where(in_table, (1.0 - confidence) * (trust * tl.exp(log_prob)), share)
+        share = tl.where(in_table, (1.0 - confidence) * (weight * tl.exp(log_prob)), share)
         child = tl.where(in_table, named, followed)
+        has_child = in_table | alive
+
+        believed = tl.full([LANES], float("-inf"), tl.float32)
+        if HAS_HEAD:
+            # The candidate that this node is, then its children.
+            at = _first_child(parents, candidate, _at(origin, node, above), num_candidates) + lane - FIRST_HEAD
+            near = of_head & (lane - FIRST_HEAD < head_width) & (at < num_candidates) & is_used
+            is_mine = near & (tl.load(head_token_ptr + at, mask=near, other=-1) == x)
+            mine = tl.where(d == 0, -1, tl.max(tl.where(is_mine, at, -2), 0))
+            origin = tl.where(node == current, mine, origin)
+            at = _first_child(parents, candidate, mine, num_candidates) + lane - FIRST_HEAD
+            near = of_head & (lane - FIRST_HEAD < head_width) & (at < num_candidates) & is_used
+            own = tl.load(head_score_ptr + mine, mask=mine >= 0, other=0.0)
+            believed = tl.load(head_score_ptr + at, mask=near, other=float("-inf")) - own
+            near = near & (believed > float("-inf"))
+            child = tl.where(near, tl.load(head_token_ptr + at, mask=near, other=-1).to(tl.int32), child)
+            has_child = has_child | near
 
         # A token that several lanes name is the first one's child, with the shares of all.
-        has_child = in_table | alive
         same = (child[:, None] == child[None, :]) & has_child[:, None] & has_child[None, :]
         p = tl.sum(tl.where(same, share[None, :], 0.0), 1)
-        is_first = tl.min(tl.where(same, lane[None, :], LANES), 1) == lane
+        is_first = has_child & (tl.min(tl.where(same, lane[None, :], LANES), 1) == lane)
         p = tl.where(is_first & (p > 0.0), p, 0.0)
         is_child = p > 0.0
         rest = tl.log(tl.maximum(1.0 - tl.sum(p, 0), REST)) / scale
@@ -380,7 +425,12 @@ def _tree_kernel(
         value = tl.where(is_child, value, float("-inf"))
         top = tl.maximum(tl.max(value, 0), rest)
         log_sum = top + tl.log(tl.exp(rest - top) + tl.sum(tl.exp(value - top), 0))
-        value = tl.where(is_child & is_used, node_score + (value - log_sum), float("-inf"))
+        value = tl.where(is_child, value - log_sum, float("-inf"))
+        if HAS_HEAD:
+            value = tl.where(is_child, value + tl.log(tl.full([], GRAFT_TRUST, tl.float32)), value)
+            of_any = tl.max(tl.where(same, believed[None, :], float("-inf")), 1)
+            value = tl.where(is_first, tl.maximum(value, of_any), float("-inf"))
+        value += node_score
 
         here = (node == current)[:, None]
         frontier_token = tl.where(here, child[None, :], frontier_token)
@@ -429,11 +479,14 @@ def recycle_tree(
     size: int,
     num_nodes: int,
     coupled: bool,
+    head: Candidates | None = None,
+    head_width: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return tokens int64 ``[B, N]``, parent int32, depth int32, ancestor_mask int64 ``[B, N1]`` of grown trees.
 
     matches int32 ``[B, MATCHES]``; request int64, base int32, temperature fp32, seed int64, chain int32 ``[B]``; owner
-    int64 ``[R]``, text int32 ``[R, Lmax]`` with contiguous rows; N = size. See `reference_recycle.recycle_tree`.
+    int64 ``[R]``, text int32 ``[R, Lmax]`` with contiguous rows; N = size; head's candidates contiguous, or None. See
+    `reference_recycle.recycle_tree`.
     """
     batch, device = len(request), request.device
     tokens = torch.empty((batch, size), dtype=torch.int64, device=device)
@@ -452,6 +505,7 @@ def recycle_tree(
             chain,
             owner,
             text,
+            *(head or (None, None, None)),
             tokens,
             parent,
             depth,
@@ -459,10 +513,14 @@ def recycle_tree(
             text.stride(0),
             len(text),
             num_nodes,
+            head.score.shape[1] if head else 0,
+            head_width,
             COUPLED=coupled,
+            HAS_HEAD=head is not None,
             HALF=len(table.owner) // 2,
             SIZE=size,
             BLOCK_NODES=block_nodes,
-            num_warps=1 if block_nodes <= 32 else 4,
+            BLOCK_HEAD=triton.next_power_of_2(head.score.shape[1]) if head else 1,
+            num_warps=2 if block_nodes <= 32 else 4,
         )
     return tokens, parent, depth, mask

@@ -4,9 +4,9 @@
 Whatever the target computed for a row says what may follow that row's last two tokens: the row's best ``WIDTH`` tokens
 with their log-probabilities go into a hash table under both of them and, as a fallback, under the last alone (Token
 Recycling, arXiv 2408.08696, with longer keys and probabilities). Earlier places of the request's own text that end as
-it ends now say it too (prompt lookup), all of the best ``MATCHES`` places at once. Where a token was never seen, the
-other candidates of its own place stand in (the guess of LogitSpec: the next logits resemble the last). A tree grows
-best node first from what these say, so its first n nodes are the best tree of n nodes.
+it ends now say it too (prompt lookup), all of the best ``MATCHES`` places at once. And what else could have stood in a
+token's place may follow it (the guess of LogitSpec: the next logits resemble the last). A tree grows best node first
+from what these say, so its first n nodes are the best tree of n nodes; a head's candidates can take part.
 
 Words beside those of ``reference``: S = slots of the table, W = WIDTH, Lmax = columns of the text.
 """
@@ -17,21 +17,26 @@ from typing import NamedTuple
 import torch
 
 from vllm_kvspec.kernels.reference import _murmur_finish, _murmur_mix, gumbel_noise_at
+from vllm_kvspec.kernels.reference_candidates import Candidates
 
 # Successors of a context, and earlier places of the text that are followed.
 WIDTH = 8
 MATCHES = 8
+# Children of a node that a head may name.
+HEAD_WIDTH = 8
 # The longest suffix that is told apart, and the bits of a position beside its length in a match.
 LONGEST = 8
 POSITION_BITS = 27
-# How far a source is believed: a table's probabilities by the kind of their key, two tokens, one, or another place's;
-# 1 - exp(-MATCH_RATE * n) after n tokens of the text that agree; of several places by exp(LENGTH_RATE * n).
-PAIR_TRUST, TOKEN_TRUST, GUESS_TRUST = 0.9, 0.6, 0.5
-MATCH_RATE, LENGTH_RATE = 0.29, 1.1
+# How far a source is believed: a table's probabilities by the kind of their key, two tokens or one; what else could
+# have stood in a token's place, as a share of what these leave; 1 - exp(-MATCH_RATE * n) after n tokens of the text
+# that agree; of several places by exp(LENGTH_RATE * n), and by exp(-PLACE_RATE) less than the one before in the order
+# of ``own_matches``; all of them beside a head.
+PAIR_TRUST, TOKEN_TRUST, GUESS_TRUST, GRAFT_TRUST = 0.98, 0.8, 0.5, 1.0
+MATCH_RATE, LENGTH_RATE, PLACE_RATE = 0.29, 1.1, 0.05
 # The least that is left for tokens which no source knows.
 REST = 0.02
-# Greedy decoding takes the best token, surer than its probability says: see ``reference_candidates.ranking_scale``.
-GREEDY_SCALE = 0.5
+# At temperature 0 a broad tree finds more, and verifying it teaches more, than the probabilities alone would have it.
+GREEDY_SCALE = 1.5
 
 
 class RecycleTable(NamedTuple):
@@ -161,6 +166,8 @@ def recycle_tree(
     size: int,
     num_nodes: int,
     coupled: bool,
+    head: Candidates | None = None,
+    head_width: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Trees of ``num_nodes`` nodes at most, in the shape of trees of N = ``size``.
 
@@ -168,7 +175,10 @@ def recycle_tree(
     lowest node, then the table before the matches. A child v of a node scores the node's score plus the log-softmax
     over all that is known of ``log p(v) / scale + noise(v)``; p mixes the sources, which is why a token that several
     name is one child, and what is left of 1 counts as one more token. With ``coupled`` and a temperature above 0 the
-    noise is the target's at ``base + depth`` of the node; the scale is the temperature, and GREEDY_SCALE at 0.
+    noise is the target's at ``base + depth`` of the node; the scale is the temperature, GREEDY_SCALE when that is 0.
+
+    With ``head`` its candidates take part: a child that it names too has the higher of both scores, where those of the
+    other sources count by GRAFT_TRUST.
 
     Args:
         matches: int32 ``[B, MATCHES]`` of ``own_matches``.
@@ -177,6 +187,7 @@ def recycle_tree(
         temperature: fp32 ``[B]``; seed: int64 ``[B]``.
         chain: int32 ``[B]``, nonzero: only the last node gets a child.
         owner: int64 ``[R]``; text: int32 ``[R, Lmax]``.
+        head: candidates ``[B, M]`` in level order, each node's ``head_width`` children side by side; None for none.
 
     Returns:
         As ``reference.tree_build``; unused nodes continue as a chain of token 0.
@@ -187,6 +198,8 @@ def recycle_tree(
         tree = _Tree([], 0)
         if r < len(text):
             tree = _Tree(text[r, : int(base[b]) + 1].tolist(), owner[r].item())
+            if head is not None:
+                tree.head = list(zip(*(column[b].tolist() for column in head), strict=True))
             tree.grow(table, matches[b].tolist(), num_nodes, *options)
         trees.append(tree.columns(size))
     dtypes = (torch.int64, torch.int32, torch.int32, torch.int64)
@@ -200,30 +213,52 @@ class _Tree:
     def __init__(self, text: list[int], owner: int):
         self.text, self.owner = text, owner
         self.token, self.parent, self.depth, self.score = text[-1:] or [0], [0], [0], [0.0]
-        # Of each node: the matches that its path agrees with.
-        self.alive: list[list[tuple[int, int]]] = []
+        # Of each node: the matches that its path agrees with, as (place in their order, length, end).
+        self.alive: list[list[tuple[int, int, int]]] = []
+        # A head's candidates (score, token, parent), and which of them each node is: -1 the root, -2 none.
+        self.head: list[tuple[float, int, int]] = []
+        self.origin: list[int] = []
 
     def grow(self, table, matches, num_nodes, temperature, seed, chain, coupled) -> None:
-        matches = [(key >> POSITION_BITS, key & ((1 << POSITION_BITS) - 1)) for key in matches if key]
-        frontier: list[tuple[float, int, int]] = []
+        last = (1 << POSITION_BITS) - 1
+        matches = [(place, key >> POSITION_BITS, key & last) for place, key in enumerate(matches) if key]
+        frontier: list[tuple[float, int, int, int]] = []
         for node in range(num_nodes):
             above = self.alive[self.parent[node]] if node else matches
             position = len(self.text) - 1 + self.depth[node]
             children = self._children(table, node, above)
-            scores = _scores(list(children.values()), list(children), position, temperature, seed, coupled)
+            scores = _scores(children, position, temperature, seed, coupled)
+            if self.head:
+                scores = self._grafted(scores, node)
             # The minus sorts by the highest score, then by the lowest node and the first child.
-            found = [(-self.score[node] - s, node, i) for i, s in enumerate(scores)]
-            named = {(node, i): child for i, child in enumerate(children)}
+            found = [(-self.score[node] - s, node, i, child) for i, (child, s) in enumerate(scores.items())]
             frontier = [entry for entry in found + ([] if chain else frontier) if entry[0] < math.inf]
-            self._names = named | ({} if node == 0 else self._names)
             if not frontier:
                 return
             best = min(frontier)
             frontier.remove(best)
-            self.token.append(self._names[best[1:]])
+            self.token.append(best[3])
             self.parent.append(best[1])
             self.depth.append(self.depth[best[1]] + 1)
             self.score.append(-best[0])
+
+    def _grafted(self, scores: dict[int, float], node: int) -> dict[int, float]:
+        """The children's scores, or the head's where those are higher, and the head's own children."""
+        named = self._of_head(self.origin[self.parent[node]]) if node else {}
+        self.origin.append(named.get(self.token[node], (-2, 0.0))[0] if node else -1)
+        merged = {child: score + math.log(GRAFT_TRUST) for child, score in scores.items()}
+        for child, (_, score) in self._of_head(self.origin[node]).items():
+            merged[child] = max(merged.get(child, -math.inf), score)
+        return merged
+
+    def _of_head(self, origin: int) -> dict[int, tuple[int, float]]:
+        """Children of a candidate: token -> (candidate, score given the parent)."""
+        own = self.head[origin][0] if origin >= 0 else 0.0
+        return {
+            token: (i, score - own)
+            for i, (score, token, parent) in enumerate(self.head)
+            if parent == origin and score > -math.inf
+        }
 
     def _before(self, node: int) -> tuple[int, int]:
         """Two ancestors of a node's token: the token before it, and the one before that; -1 where there is none."""
@@ -234,39 +269,41 @@ class _Tree:
         path += self.text[:-1][::-1][:2]
         return tuple((path + [-1, -1])[:2])
 
-    def _children(self, table: RecycleTable, node: int, above: list[tuple[int, int]]) -> dict[int, float]:
+    def _children(self, table: RecycleTable, node: int, above: list[tuple[int, int, int]]) -> dict[int, float]:
         """Probability of each child that a source names, in order."""
         token, depth, base = self.token[node], self.depth[node], len(self.text) - 1
-        alive = [(n, end) for n, end in above if end + depth < base and self.text[end + depth] == token]
+        alive = [match for match in above if match[2] + depth < base and self.text[match[2] + depth] == token]
         self.alive.append(alive)
-        longest = max((n + depth for n, _ in alive), default=0)
+        longest = max((n + depth for _, n, _ in alive), default=0)
         confidence = 1 - math.exp(-MATCH_RATE * min(longest, LONGEST))
-        shares = [math.exp(LENGTH_RATE * (n + depth - longest)) for n, _ in alive]
+        shares = [math.exp(LENGTH_RATE * (n + depth - longest) - PLACE_RATE * place) for place, n, _ in alive]
+        before, earlier = self._before(node)
+        entries, trust = self._entries(table, before, token) if before >= 0 else [], PAIR_TRUST
+        if not entries:
+            entries, trust = self._entries(table, -1, token), TOKEN_TRUST
+        guesses = self._entries(table, earlier, before) or self._entries(table, -1, before)
+        left = GUESS_TRUST * (1 - trust if entries else 1)
+        parts = [(child, (1 - confidence) * trust * math.exp(log_prob)) for child, log_prob in entries]
+        parts += [
+            (self.text[end + depth + 1], confidence * share / sum(shares))
+            for (_, _, end), share in zip(alive, shares, strict=True)
+        ]
+        parts += [(child, (1 - confidence) * left * math.exp(lp)) for child, lp in guesses if child != token]
         children: dict[int, float] = {}
-        for child, log_prob, trust in self._recycled(table, token, *self._before(node)):
-            if log_prob > -math.inf:
-                children[child] = children.get(child, 0.0) + (1 - confidence) * trust * math.exp(log_prob)
-        for (_, end), share in zip(alive, shares, strict=True):
-            child = self.text[end + depth + 1]
-            children[child] = children.get(child, 0.0) + confidence * share / sum(shares)
+        for child, share in parts:
+            if share > 0:
+                children[child] = children.get(child, 0.0) + share
         return children
 
-    def _recycled(self, table: RecycleTable, token: int, before: int, earlier: int):
-        """The table's successors of a token: (token, log-probability, trust)."""
-        for pair, last, trust in (
-            (before, token, PAIR_TRUST),
-            (-1, token, TOKEN_TRUST),
-            (earlier, before, GUESS_TRUST),
-        ):
-            is_guess = trust == GUESS_TRUST
-            if last < 0 or (pair < 0 and trust != TOKEN_TRUST):
-                continue
-            key = torch.tensor([self.owner]), torch.tensor([pair]), torch.tensor([last])
-            slot = int(slot_of(*key, len(table.owner)))
-            if table.owner[slot] == self.owner and table.context[slot] == context_of(*key[1:]):
-                entries = zip(table.token[slot].tolist(), table.log_prob[slot].tolist(), strict=True)
-                return [(child, lp, trust) for child, lp in entries if not (is_guess and child == token)]
-        return []
+    def _entries(self, table: RecycleTable, before: int, token: int) -> list[tuple[int, float]]:
+        """What the table has for the two tokens, or with ``before`` -1 for one: (successor, log-probability)."""
+        if token < 0:
+            return []
+        key = torch.tensor([self.owner]), torch.tensor([before]), torch.tensor([token])
+        slot = int(slot_of(*key, len(table.owner)))
+        if table.owner[slot] != self.owner or table.context[slot] != context_of(*key[1:]):
+            return []
+        return list(zip(table.token[slot].tolist(), table.log_prob[slot].tolist(), strict=True))
 
     def columns(self, size: int) -> tuple[list[int], list[int], list[int], list[int]]:
         """Tokens, parents, depths and ancestor masks; unused nodes continue as a chain."""
@@ -281,14 +318,14 @@ class _Tree:
         return self.token[1:], self.parent, self.depth, masks
 
 
-def _scores(probability, tokens, position, temperature, seed, coupled) -> list[float]:
+def _scores(children: dict[int, float], position, temperature, seed, coupled) -> dict[int, float]:
     """Log-softmax of the children of a node at ``position``, beside one for the tokens that no source knows."""
-    if not tokens:
-        return []
-    p = torch.tensor(probability, dtype=torch.float32)
+    if not children:
+        return {}
+    p = torch.tensor(list(children.values()), dtype=torch.float32)
     scale = temperature if temperature > 0 else GREEDY_SCALE
     values = torch.cat((p, (1 - p.sum()).clamp(min=REST)[None])).log() / scale
     if coupled and temperature > 0:
-        where = torch.tensor([[position]]), torch.zeros(1, dtype=torch.int64), torch.tensor(tokens)
+        where = torch.tensor([[position]]), torch.zeros(1, dtype=torch.int64), torch.tensor(list(children))
         values[:-1] += gumbel_noise_at(seed.cpu(), torch.ones(1), *where)[0, 0]
-    return values.log_softmax(0)[:-1].tolist()
+    return dict(zip(children, values.log_softmax(0)[:-1].tolist(), strict=True))

@@ -40,6 +40,18 @@ def test_every_feature(check, make_engine, recycle, keys, names):
     assert counters["accepted_tokens"] / counters["drafts"] > 0.3
 
 
+@pytest.mark.parametrize("keys", [{}, {"tree": "chain", "num_speculative_tokens": 6}], ids=["tree", "chain"])
+def test_grafted_onto_a_heads_trees(check, make_engine, spec, keys):
+    """The head's text is right as before, and more is accepted than of the head's trees alone."""
+    taus = []
+    for graft in (False, True):
+        with make_engine(spec(**keys, graft=graft)) as llm:
+            check(llm, (*CORE, "mixed", "greedy"))
+            counters = spec_counters(llm)
+        taus.append(counters["accepted_tokens"] / counters["drafts"])
+    assert taus[1] > taus[0] + 0.2
+
+
 def test_triton_kernels(recycle, script, reference, same):
     """The Triton kernels, interpreted, instead of those compiled for the CPU."""
     job = {"engine": {"speculative_config": recycle(4)}, "batches": [BATCHES["logprobs"]()], "kernels": "triton"}

@@ -167,8 +167,9 @@ def small_variants() -> list[Variant]:
         variants += [Variant(call, dict(nodes=nodes), dict(nodes=nodes)) for call in (_tree_inputs, _tree_walk)]
         variants.append(Variant(_tree_build, dict(num_nodes=nodes - 1), dict(nodes=nodes)))
     variants += [Variant(_recycle_update, {}, {}), Variant(_own_matches, {}, {})]
-    for nodes, coupled in product((1, 8, 16, 32, 63), (False, True)):
-        variants.append(Variant(_recycle_tree, dict(size=nodes, coupled=coupled), dict(nodes=nodes, coupled=coupled)))
+    for size, coupled, head in product((1, 8, 16, 63), (False, True), (0, 232)):
+        features = dict(nodes=size, coupled=coupled, candidates=head)
+        variants.append(Variant(_recycle_tree, dict(size=size, coupled=coupled, head=head), features))
     for heads, dim, dtype in ((8, 128, torch.bfloat16), (1, 64, torch.uint8), (32, 256, torch.bfloat16)):
         features = {"KV heads": heads, "D": dim, "dtype": str(dtype).removeprefix("torch.")}
         variants.append(Variant(_kv_compact, dict(heads=heads, dim=dim, dtype=dtype), features))
@@ -205,11 +206,12 @@ def _own_matches() -> None:
     recycle.own_matches(ints(256, 32768), longs(4), ints(4))
 
 
-def _recycle_tree(size: int, coupled: bool) -> None:
+def _recycle_tree(size: int, coupled: bool, head: int) -> None:
     recycle.recycle_tree(
         recycled.empty_table(1024), ints(4, recycled.MATCHES), request=longs(4), base=ints(4),
         temperature=torch.zeros(4), seed=longs(4), chain=ints(4), owner=longs(256), text=ints(256, 4096), size=size,
-        num_nodes=size, coupled=coupled,
+        num_nodes=size, coupled=coupled, head_width=4,
+        head=candidates.Candidates(torch.zeros(4, head), longs(4, head), ints(4, head)) if head else None,
     )  # fmt: skip
 
 

@@ -10,6 +10,13 @@ import torch
 from vllm_kvspec.kernels import recycle as kernel
 from vllm_kvspec.kernels import reference_recycle as twin
 from vllm_kvspec.kernels.reference import gumbel_noise_at
+from vllm_kvspec.kernels.reference_candidates import (
+    Candidates,
+    empty_candidates,
+    place_children,
+    plan_levels,
+    root_parents,
+)
 
 IMPLEMENTATIONS = {"kernel": kernel}
 if not torch.cuda.is_available():
@@ -116,9 +123,33 @@ def test_matches_across_blocks(device, ours):
     assert lengths == [5, 5, 4, 4, 3, 3, 2, 2]
 
 
+def head_of(vocab: int, width: int = 3) -> dict:
+    """Candidates of a head for four requests: four levels of the best four nodes' ``width`` children."""
+    gen = torch.Generator().manual_seed(vocab)
+    levels = plan_levels(4, 4, width)
+    head = empty_candidates(4, levels, torch.device("cpu"))
+    parents, offset = root_parents(torch.zeros(4, dtype=torch.int64)), 0
+    for level in levels:
+        log_prob = torch.randn(4, level.num_parents, vocab, generator=gen).log_softmax(-1).topk(width)
+        options = dict(level=level, chain=None, draft_ids=None, candidates=head, offset=offset)
+        parents = place_children(*log_prob, parents, **options)
+        offset += level.num_parents * width
+    return {"head": head, "head_width": width}
+
+
+def moved_head(device, arguments: dict) -> dict:
+    if (head := arguments.get("head")) is None:
+        return arguments
+    return arguments | {"head": Candidates(*(column.to(device) for column in head))}
+
+
 @EACH
 @pytest.mark.parametrize("nodes", [1, 8, 40])
-@pytest.mark.parametrize("other", [{}, {"coupled": False}, {"chain": torch.ones(4).int()}], ids=str)
+@pytest.mark.parametrize(
+    "other",
+    [{}, {"coupled": False}, {"chain": torch.ones(4).int()}, head_of(9)],
+    ids=["tree", "uncoupled", "chain", "head"],
+)
 def test_trees_equal_the_twin(device, ours, nodes, other):
     for seed, vocab in ((0, 9), (1, 40)):
         step = random_step(seed, vocab, 9)
@@ -127,9 +158,24 @@ def test_trees_equal_the_twin(device, ours, nodes, other):
         matches = twin.own_matches(*(arguments[key] for key in ("text", "request", "base")))
         expected = twin.recycle_tree(table, matches, **arguments)
         moved = twin.RecycleTable(*(t.to(device) for t in table))
-        found = ours.recycle_tree(moved, matches.to(device), **on(device, arguments))
-        for one, want in zip(found, expected, strict=True):
-            assert torch.equal(one.cpu(), want)
+        found = ours.recycle_tree(moved, matches.to(device), **moved_head(device, on(device, arguments)))
+        assert_same_trees([t.cpu() for t in found], expected)
+
+
+def assert_same_trees(found, expected) -> None:
+    """Where two children are equally good by arithmetic (of one context, each after the other), rounding may put either
+    first, and so one of them may be the first that is left out."""
+    for b in range(len(expected[0])):
+        if not all(torch.equal(one[b], want[b]) for one, want in zip(found, expected, strict=True)):
+            assert len(paths(found, b) ^ paths(expected, b)) <= 2
+
+
+def paths(trees, b: int) -> set[tuple[int, ...]]:
+    tokens, parent = trees[0][b].tolist(), trees[1][b].tolist()
+    found = [()]
+    for t in range(1, len(parent)):
+        found.append((*found[parent[t]], tokens[t - 1]))
+    return set(found)
 
 
 @AND_TWIN
@@ -208,6 +254,27 @@ def test_sources_stand_in_for_each_other(device, ours):
     teach(table, 3, 0, 1, {2: 0.5, 12: 0.4})
     # Not 2 once more: that is what came.
     assert grown(ours, table, one_text(device, 0, 1, 2, num_nodes=2))[0] == (0, 12)
+
+
+@AND_TWIN
+def test_a_head_and_the_table_grow_one_tree(device, ours):
+    """The likelier of each one's children first; below the head's own nodes the table goes on."""
+    table = twin.empty_table(1024, device)
+    teach(table, 3, 1, 2, {10: 0.9})
+    teach(table, 3, -1, 10, {13: 0.9})
+    teach(table, 3, -1, 21, {14: 0.9})
+    columns = ([-1.0, -2.0, -1.4, -3.0], [20, 10, 21, 22], [-1, -1, 0, 0])
+    dtypes = (torch.float32, torch.int64, torch.int32)
+    head = Candidates(*(torch.tensor([c], dtype=d, device=device) for c, d in zip(columns, dtypes, strict=True)))
+    arguments = one_text(device, 0, 1, 2, size=7, num_nodes=6)
+    matches = ours.own_matches(arguments["text"], arguments["request"], arguments["base"])
+    tokens, parent, *_ = ours.recycle_tree(table, matches, **arguments, head=head, head_width=2)
+    nodes = list(zip(parent[0, 1:].tolist(), tokens[0].tolist(), strict=True))
+    assert nodes[:2] == [(0, 10), (1, 13)] or nodes[:2] == [(0, 10), (0, 20)]
+    by_token = {token: t for t, (_, token) in enumerate(nodes, start=1)}
+    assert (0, 20) in nodes and (by_token[20], 21) in nodes and (by_token[10], 13) in nodes
+    assert (by_token[21], 14) in nodes
+    assert nodes.count((0, 10)) == 1
 
 
 @AND_TWIN

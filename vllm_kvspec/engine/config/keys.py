@@ -15,6 +15,7 @@ from vllm_kvspec.config import KVSpecDraftConfig
 from vllm_kvspec.engine.config import assistant
 from vllm_kvspec.engine.config.refusals import check_head_fits, check_servable, load_head_config
 from vllm_kvspec.engine.verify.attention_registry import register_cuda_backend
+from vllm_kvspec.kernels.reference_recycle import HEAD_WIDTH
 from vllm_kvspec.tree import MAX_NODES, check_parents, depths, num_candidates, parents_from_widths
 
 logger = init_logger("vllm.kvspec.config")
@@ -119,9 +120,11 @@ class KVSpecConfig(SpeculativeConfig):
     """None: ``"head"`` with a model, ``"recycle"`` without: successors from the target's own earlier logits and the
     request's own text. ``"oracle"`` and ``"random"`` are for tests: they place known or random tokens on random
     trees."""
+    graft: bool = False
+    """With a head: what ``"recycle"`` would draft takes part in the head's trees, the best of both."""
     recycle_scope: Literal["salt", "request"] = "salt"
-    """For ``drafter: "recycle"``: who learns from whom. ``"salt"``: requests of the same ``cache_salt``, those without
-    one among themselves. ``"request"``: nobody."""
+    """For ``drafter: "recycle"`` and ``graft``: who learns from whom. ``"salt"``: requests of the same ``cache_salt``,
+    those without one among themselves. ``"request"``: nobody."""
     budget: Literal["auto", "fixed"] = "auto"
     """``"auto"``: at most ``num_speculative_tokens`` nodes, fewer or none when the load makes that faster. ``"fixed"``:
     always that many. ``num_speculative_tokens_per_batch_size``, when given, wins over both."""
@@ -226,6 +229,8 @@ class KVSpecConfig(SpeculativeConfig):
             raise ValueError(
                 f'kvspec\'s drafter "recycle" uses no head; found model {self.model!r}. Leave one of the two out.'
             )
+        if self.graft:
+            raise ValueError('kvspec\'s graft needs a head to graft onto; found none. Give "model", or leave it out.')
         if self.parents or self.tree_width != TREE_WIDTH or self.tree_depth:
             raise ValueError(
                 f"kvspec's tree of fixed shape, width or depth needs a head; found tree {self.tree!r}, tree_width "
@@ -249,6 +254,11 @@ class KVSpecConfig(SpeculativeConfig):
             raise ValueError(
                 f"kvspec's tree {self.tree} has {len(parents)} nodes, but num_speculative_tokens is {nodes}. "
                 "Give the same number, or leave num_speculative_tokens out."
+            )
+        if self.graft and (parents or self.tree_width > HEAD_WIDTH or self.drafter != "head"):
+            raise ValueError(
+                f'kvspec\'s graft needs drafter "head" and trees that scores choose, of tree_width at most {HEAD_WIDTH}'
+                f"; found drafter {self.drafter!r}, tree {self.tree!r}, tree_width {self.tree_width}. Leave them out."
             )
         depth = max(depths(parents)) if parents else nodes if self.tree == "chain" else 1
         if depth > head.draft_block_size:

@@ -152,7 +152,7 @@ def _log_choice(kvspec: KVSpecConfig) -> None:
         if head is None
         else (
             f"head={kvspec.model} context={head.context} target_kv_layers={head.target_kv_layer_ids} "
-            f"block={head.draft_block_size}"
+            f"block={head.draft_block_size}" + " graft" * kvspec.graft
         )
     )
     logger.info(

@@ -17,6 +17,7 @@ from vllm_kvspec.engine import ops
 from vllm_kvspec.engine.config.keys import TREE_BEAM, KVSpecConfig
 from vllm_kvspec.engine.draft.head import KVSpecDraftModel
 from vllm_kvspec.engine.draft.logits import DraftLogits, language_model
+from vllm_kvspec.engine.draft.recycle import RecycleDrafter
 from vllm_kvspec.engine.draft.transition import DraftTransition
 from vllm_kvspec.engine.target_kv import PagedLayer
 from vllm_kvspec.kernels.reference_candidates import Candidates, Level, Parents, empty_candidates, root_parents
@@ -29,10 +30,18 @@ Trees = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 class Drafter:
-    """The head on its target. ``context`` and ``block_tables`` are bound when KV caches exist."""
+    """The head on its target. ``context`` and ``block_tables`` are bound when KV caches exist. ``recycler``: what
+    grafts onto the head's trees, if anything."""
 
-    def __init__(self, config: KVSpecConfig, head: KVSpecDraftModel, target_model: nn.Module):
+    def __init__(
+        self,
+        config: KVSpecConfig,
+        head: KVSpecDraftModel,
+        target_model: nn.Module,
+        recycler: RecycleDrafter | None = None,
+    ):
         self.head = head
+        self.recycler = recycler
         self.target_model = target_model
         self.logits, self.transition = self.make_outputs()
         self.coupled = config.draft_noise == "coupled"
@@ -86,7 +95,10 @@ class Drafter:
         """
         if self.parents is None:
             levels = self.plan(num_nodes or self.num_nodes)
-            return self._build(self.expansion(rows, len(levels))(levels=levels, chain=rows.chain))
+            candidates = self.expansion(rows, len(levels))(levels=levels, chain=rows.chain)
+            if self.recycler is not None:
+                return self.recycler.trees(rows, with_chains, num_nodes, candidates, self.width)
+            return self._build(candidates)
         expand = self.expansion(rows)
         batch = len(rows.base)
         tokens = expand(levels=self.levels).token[:, self.fixed_nodes]

@@ -18,7 +18,7 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 
 from vllm_kvspec.engine import ops
 from vllm_kvspec.engine.config.keys import KVSpecConfig
-from vllm_kvspec.kernels.reference_candidates import Level, empty_candidates, root_parents
+from vllm_kvspec.kernels.reference_candidates import Candidates, Level, empty_candidates, root_parents
 from vllm_kvspec.kernels.reference_draft_inputs import DraftRows
 from vllm_kvspec.kernels.reference_recycle import WIDTH, RecycleTable, empty_table
 
@@ -100,8 +100,15 @@ class RecycleDrafter(nn.Module):
             text=self.text.gpu,
         )
 
-    def trees(self, rows: DraftRows, with_chains: bool, num_nodes: int | None = None) -> tuple[torch.Tensor, ...]:
-        """See ``Drafter.trees``."""
+    def trees(
+        self,
+        rows: DraftRows,
+        with_chains: bool,
+        num_nodes: int | None = None,
+        head: Candidates | None = None,
+        head_width: int = 0,
+    ) -> tuple[torch.Tensor, ...]:
+        """See ``Drafter.trees``. ``head``: candidates of a head, ``head_width`` children a node, to graft onto."""
         text = self.text.gpu
         return ops.recycle_tree(
             self.table,
@@ -116,4 +123,6 @@ class RecycleDrafter(nn.Module):
             size=self.num_nodes,
             num_nodes=num_nodes or self.num_nodes,
             coupled=self.coupled,
+            head=head,
+            head_width=head_width,
         )

@@ -40,6 +40,7 @@ class KVSpecSpeculator(DraftModelSpeculator):
         self.rows = self._new_rows(config.head_config)
         # vLLM drops this attribute's value, by its type, between profiling and serving.
         self.graphs: DrafterGraphs | None = None
+        self.recycler: RecycleDrafter | None = None
         self.test_drafter = None
         if config.drafter in ("oracle", "random"):
             from vllm_kvspec.engine.draft.test_drafters import TestDrafter
@@ -57,7 +58,7 @@ class KVSpecSpeculator(DraftModelSpeculator):
     def load_draft_model(self, target_model: nn.Module, target_attn_layer_names: set[str]) -> nn.Module:
         config = self.vllm_config.speculative_config
         if config.head_config is None:
-            self.drafter = RecycleDrafter(config, self.req_states, self.device)
+            self.drafter = self.recycler = RecycleDrafter(config, self.req_states, self.device)
             return self.drafter
         head = get_model(
             vllm_config=self.vllm_config,
@@ -66,7 +67,11 @@ class KVSpecSpeculator(DraftModelSpeculator):
             # Without one: the target's.
             load_config=config.draft_load_config,
         )
-        self.drafter = (AssistantDrafter if config.has_assistant else Drafter)(config, head, target_model)
+        if config.graft:
+            # Part of the head, so that sleep at level 2 restores its buffers.
+            head.recycler = self.recycler = RecycleDrafter(config, self.req_states, self.device)
+        kind = AssistantDrafter if config.has_assistant else Drafter
+        self.drafter = kind(config, head, target_model, self.recycler)
         # Until there are KV caches: what the pass that measures memory reads.
         shapes = [(layer.self_attn.num_kv_heads, layer.self_attn.head_dim) for layer in head.layers]
         layers = [empty_layer(*shape, self.dtype, self.device) for shape in shapes]
@@ -84,8 +89,8 @@ class KVSpecSpeculator(DraftModelSpeculator):
 
     def add_requests(self, rows: list[int], requests: list) -> None:
         """``requests`` (vLLM's NewRequestData) have got the request states ``rows``."""
-        if self.speculative_config.head_config is None:
-            self.drafter.add_requests(rows, requests)
+        if self.recycler is not None:
+            self.recycler.add_requests(rows, requests)
 
     def release_target_kv(self) -> None:
         """Keep no KV cache alive: a new one is about to be allocated."""
@@ -164,8 +169,8 @@ class KVSpecSpeculator(DraftModelSpeculator):
             return self.draft_tokens[:num_reqs].zero_()
         if self.test_drafter is not None:
             return self._propose_test_trees(input_batch.idx_mapping)
-        if self.speculative_config.head_config is None and logits is not None:
-            self.drafter.learn(logits, input_batch, self.state.parent)
+        if self.recycler is not None and logits is not None:
+            self.recycler.learn(logits, input_batch, self.state.parent)
         with_chains = bool(self.drafter.parents) and self.state.any_chain(input_batch.idx_mapping_np)
         how = self._dispatch(num_reqs, nodes, with_chains)
         ops.draft_inputs(

@@ -7,14 +7,18 @@ import torch
 
 from vllm_kvspec.engine.cpu.kernels.compiled import BOOL, F32, I32, I64, INT, compiled, flat, integers
 from vllm_kvspec.engine.cpu.kernels.gumbel import _finish, _key, _mix, _noise
+from vllm_kvspec.kernels.reference_candidates import Candidates
 from vllm_kvspec.kernels.reference_recycle import (
+    GRAFT_TRUST,
     GREEDY_SCALE,
     GUESS_TRUST,
+    HEAD_WIDTH,
     LENGTH_RATE,
     LONGEST,
     MATCH_RATE,
     MATCHES,
     PAIR_TRUST,
+    PLACE_RATE,
     POSITION_BITS,
     REST,
     TOKEN_TRUST,
@@ -24,7 +28,9 @@ from vllm_kvspec.kernels.reference_recycle import (
 
 _F = np.float32
 _inlined = numba.njit(forceinline=True, error_model="numpy")
-LANES = WIDTH + MATCHES
+# Children by source: the table, the text, guesses (also the table), a head.
+GUESS, HEAD = WIDTH + MATCHES, WIDTH + MATCHES + WIDTH
+LANES = HEAD + HEAD_WIDTH
 _POSITION = (1 << POSITION_BITS) - 1
 
 
@@ -127,22 +133,32 @@ def own_matches(text: torch.Tensor, request: torch.Tensor, base: torch.Tensor) -
 
 
 @_inlined
-def _recycled(owners, contexts, tokens, log_probs, owner, before, last, earlier, child, share):
-    """Children of ``last`` that the table names, into the first lanes; -1 for none."""
-    slot, trust = -1, _F(0)
-    if before >= 0:
-        slot, trust = _find(owners, contexts, owner, before, last), _F(PAIR_TRUST)
-    if slot < 0:
-        slot, trust = _find(owners, contexts, owner, np.int64(-1), last), _F(TOKEN_TRUST)
-    is_guess = slot < 0
-    if is_guess and earlier >= 0:
-        slot, trust = _find(owners, contexts, owner, earlier, before), _F(GUESS_TRUST)
+def _named(tokens, log_probs, slot, trust, but, child, share):
+    """What a slot of the table names, without ``but``, as children with shares of ``trust``; -1 where there is none."""
     for k in range(WIDTH):
         child[k], share[k] = -1, _F(0)
         if slot >= 0 and log_probs[slot * WIDTH + k] > _F(-np.inf):
             token = np.int64(tokens[slot * WIDTH + k])
-            if not (is_guess and token == last):
+            if token != but:
                 child[k], share[k] = token, trust * np.exp(log_probs[slot * WIDTH + k])
+
+
+@_inlined
+def _recycled(owners, contexts, tokens, log_probs, owner, before, last, earlier, child, share):
+    """Children of ``last`` that the table names, and those it names in its place."""
+    slot, trust = -1, _F(PAIR_TRUST)
+    if before >= 0:
+        slot = _find(owners, contexts, owner, before, last)
+    if slot < 0:
+        slot, trust = _find(owners, contexts, owner, np.int64(-1), last), _F(TOKEN_TRUST)
+    _named(tokens, log_probs, slot, trust, -1, child[:WIDTH], share[:WIDTH])
+    left = _F(GUESS_TRUST) * (_F(1) - trust if slot >= 0 else _F(1))
+    slot = -1
+    if earlier >= 0:
+        slot = _find(owners, contexts, owner, earlier, before)
+    if slot < 0:
+        slot = _find(owners, contexts, owner, np.int64(-1), before)
+    _named(tokens, log_probs, slot, left, last, child[GUESS:HEAD], share[GUESS:HEAD])
 
 
 @_inlined
@@ -162,50 +178,85 @@ def _followed(text, base, depth, last, matches, alive, alive_above, child, share
         if alive[i]:
             length = (matches[i] >> POSITION_BITS) + depth
             child[WIDTH + i] = np.int64(text[(matches[i] & _POSITION) + depth + 1])
-            share[WIDTH + i] = np.exp(_F(LENGTH_RATE) * _F(length - longest))
+            share[WIDTH + i] = np.exp(_F(LENGTH_RATE) * _F(length - longest) - _F(PLACE_RATE) * _F(i))
             total += share[WIDTH + i]
     confidence = _F(1) - np.exp(_F(-MATCH_RATE) * _F(min(longest, LONGEST)))
-    for i in range(WIDTH):
-        share[i] *= _F(1) - confidence
-    for i in range(WIDTH, LANES):
-        if total > _F(0):
-            share[i] *= confidence / total
+    for i in range(HEAD):
+        share[i] *= (confidence / max(total, _F(1e-30))) if WIDTH <= i < GUESS else _F(1) - confidence
+
+
+@_inlined
+def _of_head(score, token, parent, width, origin, child, believed):
+    """What the head believes of the children of its candidate ``origin`` (-1: the root, -2: none)."""
+    first = len(parent)
+    if origin >= -1:
+        for i in range(len(parent)):
+            if parent[i] == origin:
+                first = i
+                break
+    for k in range(HEAD_WIDTH):
+        child[HEAD + k], believed[k] = -1, _F(-np.inf)
+        i = first + k
+        if k < width and i < len(parent) and parent[i] == origin and score[i] > _F(-np.inf):
+            child[HEAD + k] = token[i]
+            believed[k] = score[i] - (score[origin] if origin >= 0 else _F(0))
+    return first
+
+
+@_inlined
+def _graft(child, believed, score, out):
+    """Of what the head and the others believe of a token, the more counts; the others are trusted less."""
+    for i in range(HEAD):
+        out[i] += np.log(_F(GRAFT_TRUST))
+    for k in range(HEAD_WIDTH):
+        lane = HEAD + k
+        if child[lane] < 0:
+            continue
+        for i in range(HEAD):
+            if child[i] == child[lane]:
+                out[i] = max(out[i], score + believed[k])
+                child[lane] = -1
+                break
+        if child[lane] >= 0:
+            out[lane] = score + believed[k]
 
 
 @_inlined
 def _score(child, share, score, scale, coupled, key, out):
     """Scores of the children of a node, -inf in lanes that repeat another's token or have none."""
     rest = _F(1)
-    for i in range(LANES):
+    for i in range(HEAD):
         for j in range(i):
             if child[i] >= 0 and child[j] == child[i]:
                 share[j] += share[i]
                 child[i] = -1
-    for i in range(LANES):
+    for i in range(HEAD):
         if child[i] >= 0:
             rest -= share[i]
     rest_value = np.log(max(rest, _F(REST))) / scale
     top = rest_value
-    for i in range(LANES):
-        out[i] = _F(-np.inf)
+    out[:] = _F(-np.inf)
+    for i in range(HEAD):
         if child[i] >= 0 and share[i] > _F(0):
             out[i] = np.log(share[i]) / scale
             if coupled:
                 out[i] += _noise(_finish(_mix(key, np.uint32(child[i]))))
             top = max(top, out[i])
     total = np.exp(rest_value - top)
-    for i in range(LANES):
+    for i in range(HEAD):
         total += np.exp(out[i] - top)
-    for i in range(LANES):
+    for i in range(HEAD):
         out[i] = score + (out[i] - top - np.log(total))
 
 
 @compiled(
-    I64, I64, I32, F32, I32, I32, INT, INT, I64, I64, F32, I64, I64, I64, INT, INT, BOOL, I64, I32, I32, I64
+    I64, I64, I32, F32, I32, I32, INT, INT, I64, I64, F32, I64, I64, I64, INT, INT, BOOL, F32, I64, I32, INT, INT,
+    I64, I32, I32, I64
 )  # fmt: skip
 def _grow(
     owners, contexts, tokens, log_probs, matches, text, stride, num_requests, requests, bases, temperatures, seeds,
-    chains, owner, size, num_nodes, coupled, out_token, out_parent, out_depth, out_mask,
+    chains, owner, size, num_nodes, coupled, head_score, head_token, head_parent, candidates, head_width, out_token,
+    out_parent, out_depth, out_mask,
 ):  # fmt: skip
     token = np.empty(size + 1, np.int64)
     score = np.empty(size + 1, np.float32)
@@ -213,6 +264,8 @@ def _grow(
     frontier_score = np.empty((size + 1, LANES), np.float32)
     frontier_token = np.empty((size + 1, LANES), np.int64)
     share = np.empty(LANES, np.float32)
+    believed = np.empty(HEAD_WIDTH, np.float32)
+    origin = np.empty(size + 1, np.int64)
     for b in range(len(requests)):
         parent = out_parent[b * (size + 1) : (b + 1) * (size + 1)]
         depth = out_depth[b * (size + 1) : (b + 1) * (size + 1)]
@@ -243,11 +296,32 @@ def _grow(
                     mine, base, steps, token[node], matches[b * MATCHES : (b + 1) * MATCHES], alive[node],
                     alive[parent[node]], child, share,
                 )  # fmt: skip
+                mine_of_head = slice(b * candidates, (b + 1) * candidates)
+                if head_width > 0:
+                    if node == 0:
+                        origin[0] = -1
+                    else:
+                        origin[node] = -2
+                        above = origin[parent[node]]
+                        if above >= -1:
+                            first = _of_head(
+                                head_score[mine_of_head], head_token[mine_of_head], head_parent[mine_of_head],
+                                head_width, above, child, believed,
+                            )  # fmt: skip
+                            for k in range(HEAD_WIDTH):
+                                if child[HEAD + k] == token[node]:
+                                    origin[node] = first + k
                 temperature = temperatures[b]
                 _score(
                     child, share, score[node], temperature if temperature > _F(0) else _F(GREEDY_SCALE),
                     coupled and temperature > _F(0), _key(seeds[b], base + steps, 0), frontier_score[node],
                 )  # fmt: skip
+                if head_width > 0:
+                    _of_head(
+                        head_score[mine_of_head], head_token[mine_of_head], head_parent[mine_of_head], head_width,
+                        origin[node], child, believed,
+                    )  # fmt: skip
+                    _graft(child, believed, score[node], frontier_score[node])
                 best, above, lane = _F(-np.inf), -1, -1
                 for n in range(node if chains[b] != 0 else 0, node + 1):
                     for i in range(LANES):
@@ -280,15 +354,21 @@ def recycle_tree(
     size: int,
     num_nodes: int,
     coupled: bool,
+    head: Candidates | None = None,
+    head_width: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """``reference_recycle.recycle_tree``."""
     batch = len(request)
     tokens = torch.empty(batch, size, dtype=torch.int64)
     parents, depths = (torch.empty(batch, size + 1, dtype=torch.int32) for _ in range(2))
     masks = torch.empty(batch, size + 1, dtype=torch.int64)
+    if head is None:
+        head = Candidates(table.log_prob[:0], request[:0], matches[:0])
     _grow(
         *map(flat, table), flat(matches), flat(text), text.stride(0), len(text), integers(request), integers(base),
-        flat(temperature), flat(seed), integers(chain), flat(owner), size, num_nodes, coupled, flat(tokens),
+        flat(temperature), flat(seed), integers(chain), flat(owner), size, num_nodes, coupled,
+        *(flat(column.contiguous()) for column in head), head.score.shape[1] if head_width else 0, head_width,
+        flat(tokens),
         flat(parents), flat(depths), flat(masks),
     )  # fmt: skip
     return tokens, parents, depths, masks
