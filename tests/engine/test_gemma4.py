@@ -217,7 +217,7 @@ def test_a_chain_is_the_one_that_vllm_drafts(pairs, serve, tmp_path, kind):
 
 
 def test_an_assistant_that_has_learned(pairs, plain, make_engine, spec, same, tmp_path):
-    """It has read the answers a few times. Of its chain as many tokens are accepted as of vLLM's, of its trees more."""
+    """It has read the answers. As many tokens are accepted of its chain as of vLLM's, and of its trees more."""
     target = pairs["dense"][0]
     assistant = shutil.copytree(pairs["dense"][1], tmp_path / "assistant")
     batches, answers = [requests_mix.greedy_batch()], [plain["dense"]["greedy"]]
