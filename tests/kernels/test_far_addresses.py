@@ -7,6 +7,7 @@ import pytest
 import torch
 from far_memory import far
 
+from vllm_kvspec.kernels import recycle, reference_recycle
 from vllm_kvspec.kernels.kv_compact import kv_base_ptrs, kv_compact
 from vllm_kvspec.kernels.paged_draft_attention import paged_draft_attention
 from vllm_kvspec.kernels.tree_attention import tree_attention
@@ -76,6 +77,38 @@ def _compact() -> dict:
     )  # fmt: skip
 
 
+def _texts() -> torch.Tensor:
+    return torch.tensor([[1, 2, 3, 1, 2, 4, 1, 2], [5, 6, 5, 6, 7, 8, 5, 6], [9, 9, 9, 8, 9, 9, 7, 9]]).int()
+
+
+def _grow() -> dict:
+    text, request, base = _texts(), torch.tensor([2, 0, 1]), torch.tensor([7, 7, 7]).int()
+    return dict(
+        matches=reference_recycle.own_matches(text, request, base), request=request, base=base, text=text,
+        temperature=torch.zeros(3), seed=torch.arange(3), chain=torch.zeros(3).int(), owner=torch.zeros(3).long(),
+    )  # fmt: skip
+
+
+def _run_grow(**arguments) -> tuple:
+    table = reference_recycle.empty_table(64, arguments["request"].device)
+    return recycle.recycle_tree(table, **arguments, size=5, num_nodes=5, coupled=True)
+
+
+def _learn() -> dict:
+    return dict(
+        token=torch.arange(72).view(9, 8), log_prob=-torch.arange(72.0).view(9, 8), input_ids=torch.arange(9) % 4,
+        positions=torch.arange(9) % 5, logits_indices=torch.arange(9), local_pos=torch.tensor([0, 1, 2] * 3),
+        idx_mapping=torch.tensor([2, 2, 2, 0, 0, 0, 1, 1, 1]), owner=torch.arange(3), text=_texts(),
+        parent=torch.tensor([[0, 0, 0], [0, 0, 1], [0, 0, 0]]).int(),
+    )  # fmt: skip
+
+
+def _run_learn(**arguments) -> tuple:
+    table = reference_recycle.empty_table(64, arguments["owner"].device)
+    recycle.recycle_update(table, **arguments)
+    return tuple(table)
+
+
 def _run_compact(cache: torch.Tensor, **moves) -> torch.Tensor:
     kv_compact([cache], kv_base_ptrs([cache]), **moves)
     return cache
@@ -107,6 +140,13 @@ KERNELS = {
         lambda **a: tree_build(**a, num_nodes=3),
         [(name, 0) for name in ("score", "token", "parent")],
     ),
+    "own_matches": (
+        lambda: dict(text=_texts(), request=torch.tensor([2, 0, 1]), base=torch.tensor([7, 7, 7]).int()),
+        recycle.own_matches,
+        [("text", 0)],
+    ),
+    "recycle_tree": (_grow, _run_grow, [("text", 0)]),
+    "recycle_update": (_learn, _run_learn, [("text", 0), ("parent", 0)]),
     "kv_compact": (_compact, _run_compact, [("cache", 0), ("cache", 1), ("cache", 2), ("path", 0), ("block_table", 0)]),
 }
 
