@@ -33,6 +33,7 @@ PAIR_TRUST = tl.constexpr(reference.PAIR_TRUST)
 TOKEN_TRUST = tl.constexpr(reference.TOKEN_TRUST)
 GUESS_TRUST = tl.constexpr(reference.GUESS_TRUST)
 GRAFT_TRUST = tl.constexpr(reference.GRAFT_TRUST)
+GRAFT_TRUST_SAMPLED = tl.constexpr(reference.GRAFT_TRUST_SAMPLED)
 GREEDY_SCALE = tl.constexpr(reference.GREEDY_SCALE)
 MATCH_RATE = tl.constexpr(reference.MATCH_RATE)
 LENGTH_RATE = tl.constexpr(reference.LENGTH_RATE)
@@ -427,7 +428,7 @@ def _tree_kernel(
         log_sum = top + tl.log(tl.exp(rest - top) + tl.sum(tl.exp(value - top), 0))
         value = tl.where(is_child, value - log_sum, float("-inf"))
         if HAS_HEAD:
-            value = tl.where(is_child, value + tl.log(tl.full([], GRAFT_TRUST, tl.float32)), value)
+            value = tl.where(is_child, value + tl.log(tl.where(is_noisy, GRAFT_TRUST_SAMPLED, GRAFT_TRUST)), value)
             of_any = tl.max(tl.where(same, believed[None, :], float("-inf")), 1)
             value = tl.where(is_first, tl.maximum(value, of_any), float("-inf"))
         value += node_score

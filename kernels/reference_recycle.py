@@ -30,8 +30,10 @@ POSITION_BITS = 27
 # How far a source is believed: a table's probabilities by the kind of their key, two tokens or one; what else could
 # have stood in a token's place, as a share of what these leave; 1 - exp(-MATCH_RATE * n) after n tokens of the text
 # that agree; of several places by exp(LENGTH_RATE * n), and by exp(-PLACE_RATE) less than the one before in the order
-# of ``own_matches``; all of them beside a head.
-PAIR_TRUST, TOKEN_TRUST, GUESS_TRUST, GRAFT_TRUST = 0.98, 0.8, 0.5, 1.0
+# of ``own_matches``.
+PAIR_TRUST, TOKEN_TRUST, GUESS_TRUST = 0.98, 0.8, 0.5
+# Beside a head, greedy and sampled: a head knows the noise's favourites better.
+GRAFT_TRUST, GRAFT_TRUST_SAMPLED = 1.0, 0.05
 MATCH_RATE, LENGTH_RATE, PLACE_RATE = 0.29, 1.1, 0.05
 # The least that is left for tokens which no source knows.
 REST = 0.02
@@ -178,7 +180,7 @@ def recycle_tree(
     noise is the target's at ``base + depth`` of the node; the scale is the temperature, GREEDY_SCALE when that is 0.
 
     With ``head`` its candidates take part: a child that it names too has the higher of both scores, where those of the
-    other sources count by GRAFT_TRUST.
+    other sources count by GRAFT_TRUST, or GRAFT_TRUST_SAMPLED.
 
     Args:
         matches: int32 ``[B, MATCHES]`` of ``own_matches``.
@@ -229,7 +231,7 @@ class _Tree:
             children = self._children(table, node, above)
             scores = _scores(children, position, temperature, seed, coupled)
             if self.head:
-                scores = self._grafted(scores, node)
+                scores = self._grafted(scores, node, GRAFT_TRUST_SAMPLED if temperature > 0 else GRAFT_TRUST)
             # The minus sorts by the highest score, then by the lowest node and the first child.
             found = [(-self.score[node] - s, node, i, child) for i, (child, s) in enumerate(scores.items())]
             frontier = [entry for entry in found + ([] if chain else frontier) if entry[0] < math.inf]
@@ -242,11 +244,11 @@ class _Tree:
             self.depth.append(self.depth[best[1]] + 1)
             self.score.append(-best[0])
 
-    def _grafted(self, scores: dict[int, float], node: int) -> dict[int, float]:
+    def _grafted(self, scores: dict[int, float], node: int, trust: float) -> dict[int, float]:
         """The children's scores, or the head's where those are higher, and the head's own children."""
         named = self._of_head(self.origin[self.parent[node]]) if node else {}
         self.origin.append(named.get(self.token[node], (-2, 0.0))[0] if node else -1)
-        merged = {child: score + math.log(GRAFT_TRUST) for child, score in scores.items()}
+        merged = {child: score + math.log(trust) for child, score in scores.items()}
         for child, (_, score) in self._of_head(self.origin[node]).items():
             merged[child] = max(merged.get(child, -math.inf), score)
         return merged

@@ -42,14 +42,16 @@ def test_every_feature(check, make_engine, recycle, keys, names):
 
 @pytest.mark.parametrize("keys", [{}, {"tree": "chain", "num_speculative_tokens": 6}], ids=["tree", "chain"])
 def test_grafted_onto_a_heads_trees(check, make_engine, spec, keys):
-    """The head's text is right as before, and more is accepted than of the head's trees alone."""
-    taus = []
+    """The text is right as before, and of greedy texts more is accepted than of the head's trees alone."""
+    accepted = []
     for graft in (False, True):
         with make_engine(spec(**keys, graft=graft)) as llm:
-            check(llm, (*CORE, "mixed", "greedy"))
+            check(llm, ("greedy", "greedy"))
             counters = spec_counters(llm)
-        taus.append(counters["accepted_tokens"] / counters["drafts"])
-    assert taus[1] > taus[0] + 0.2
+            accepted.append(counters["accepted_tokens"] / counters["drafts"])
+            if graft:
+                check(llm, (*CORE, "mixed"))
+    assert accepted[1] > accepted[0] + 0.2
 
 
 def test_triton_kernels(recycle, script, reference, same):

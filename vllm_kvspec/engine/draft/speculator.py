@@ -79,8 +79,9 @@ class KVSpecSpeculator(DraftModelSpeculator):
         return head
 
     def set_sampler(self, rejection_sampler) -> None:
-        """The accepted path of the last verification is read from it."""
+        """The accepted path and the logits of the last verification are read from it."""
         self.rejection_sampler = rejection_sampler
+        rejection_sampler.keeps_logits = self.recycler is not None
 
     @torch.inference_mode()
     def weights_changed(self) -> None:
@@ -157,7 +158,7 @@ class KVSpecSpeculator(DraftModelSpeculator):
         positions [0, base) and the anchor, at position ``base``, has none yet. A dummy run drafts for padding only.
         """
         num_reqs = input_batch.num_reqs
-        logits, self.rejection_sampler.logits = self.rejection_sampler.logits, None
+        logits = self.rejection_sampler.take_logits()
         if is_profile and self.test_drafter is None:
             self._draft_widest(num_reqs)
             return self.draft_tokens[:num_reqs]
@@ -171,6 +172,7 @@ class KVSpecSpeculator(DraftModelSpeculator):
             return self._propose_test_trees(input_batch.idx_mapping)
         if self.recycler is not None and logits is not None:
             self.recycler.learn(logits, input_batch, self.state.parent)
+        del logits
         with_chains = bool(self.drafter.parents) and self.state.any_chain(input_batch.idx_mapping_np)
         how = self._dispatch(num_reqs, nodes, with_chains)
         ops.draft_inputs(

@@ -28,9 +28,11 @@ from vllm_kvspec.engine.verify.tree_state import TreeState
 class TreeRejectionSampler(RejectionSampler):
     """vLLM's RejectionSampler with the acceptance rule replaced; chunking and logprobs are kept.
 
-    After a call, ``path`` int32 [B, N1] holds each request's accepted nodes by depth (identity beyond them), and
-    ``logits`` [L, V] what was verified, until the drafter has seen it.
+    After a call, ``path`` int32 [B, N1] holds each request's accepted nodes by depth (identity beyond them). With
+    ``keeps_logits``, ``logits`` [L, V] is what was verified, until ``take_logits``.
     """
+
+    keeps_logits = False
 
     def __init__(self, sampler, spec_config, device: torch.device, state: TreeState):
         super().__init__(sampler, spec_config, device)
@@ -55,9 +57,14 @@ class TreeRejectionSampler(RejectionSampler):
         self._chunk_paths = []
         self._logprobs_dims = self.sampler.get_logprobs_dims(input_batch.idx_mapping_np)
         output = super().__call__(logits, batch, None, invalid_drafts)
-        self.logits = logits
+        self.logits = logits if self.keeps_logits else None
         self.path = self._chunk_paths[0] if len(self._chunk_paths) == 1 else torch.cat(self._chunk_paths)
         return output
+
+    def take_logits(self) -> torch.Tensor | None:
+        """``logits``, which are kept no longer."""
+        logits, self.logits = self.logits, None
+        return logits
 
     def _verify(
         self,

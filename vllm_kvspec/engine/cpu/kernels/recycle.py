@@ -10,6 +10,7 @@ from vllm_kvspec.engine.cpu.kernels.gumbel import _finish, _key, _mix, _noise
 from vllm_kvspec.kernels.reference_candidates import Candidates
 from vllm_kvspec.kernels.reference_recycle import (
     GRAFT_TRUST,
+    GRAFT_TRUST_SAMPLED,
     GREEDY_SCALE,
     GUESS_TRUST,
     HEAD_WIDTH,
@@ -204,10 +205,10 @@ def _of_head(score, token, parent, width, origin, child, believed):
 
 
 @_inlined
-def _graft(child, believed, score, out):
+def _graft(child, believed, score, trust, out):
     """Of what the head and the others believe of a token, the more counts; the others are trusted less."""
     for i in range(HEAD):
-        out[i] += np.log(_F(GRAFT_TRUST))
+        out[i] += np.log(trust)
     for k in range(HEAD_WIDTH):
         lane = HEAD + k
         if child[lane] < 0:
@@ -321,7 +322,8 @@ def _grow(
                         head_score[mine_of_head], head_token[mine_of_head], head_parent[mine_of_head], head_width,
                         origin[node], child, believed,
                     )  # fmt: skip
-                    _graft(child, believed, score[node], frontier_score[node])
+                    trust = _F(GRAFT_TRUST_SAMPLED) if temperature > _F(0) else _F(GRAFT_TRUST)
+                    _graft(child, believed, score[node], trust, frontier_score[node])
                 best, above, lane = _F(-np.inf), -1, -1
                 for n in range(node if chains[b] != 0 else 0, node + 1):
                     for i in range(LANES):
