@@ -184,7 +184,7 @@ def tile_config(rows: int, q: torch.Tensor, group: int = 1, has_window: bool = F
     # capability 9 alone.
     divides = group & (group - 1) != 0
     halved = block_m >= 128 and (has_window if capability == 10 else in_registers and divides)
-    halved = halved or (huge and block_m >= 32 and divides)
+    halved = halved or (huge and block_m >= 32 and (divides or has_window))
     tile = tile // 2 if halved else tile
     num_warps = 8 if wide or block_m >= (64 if in_registers else 128) else 4
     # A third stage makes up for the smaller tile where there is room for it.

@@ -340,7 +340,10 @@ def tree_level(
     # Parents with tokens of their own count as requests of one parent.
     by_parent = draft_ids is not None and draft_ids.dim() == 3
     requests, row_stride = (batch * num_parents, logits.stride(1)) if by_parent else (batch, logits.stride(0))
-    state, position = (x[:, None].expand(-1, num_parents).flatten() if by_parent else x for x in (idx_mapping, base))
+    # Contiguous: of a single request it would be a view with stride 0.
+    state, position = (
+        x[:, None].expand(-1, num_parents).flatten().contiguous() if by_parent else x for x in (idx_mapping, base)
+    )
     each = 1 if by_parent else num_rows
     rows_in_batch = batch * triton.next_power_of_2(num_rows)
     config = tile_config(rows_in_batch, num_entries, transition_in.dtype if has_bias else logits.dtype)

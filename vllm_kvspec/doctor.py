@@ -191,10 +191,10 @@ def _numbers(of_layers: int | list[int]) -> str:
 
 def _assistant(draft_model: str) -> Any:
     """The config of a published assistant, None for a head of ours."""
-    from transformers import AutoConfig
+    from transformers import AutoConfig, PreTrainedConfig
 
-    config = AutoConfig.from_pretrained(draft_model)
-    return config if config.model_type in assistant.MODEL_TYPES else None
+    kind, _ = PreTrainedConfig.get_config_dict(draft_model)
+    return AutoConfig.from_pretrained(draft_model) if kind.get("model_type") in assistant.MODEL_TYPES else None
 
 
 def _head(draft_model: str) -> str:

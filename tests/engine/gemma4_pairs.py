@@ -7,12 +7,13 @@ from pathlib import Path
 import torch
 from architectures import CASES
 from engine_runner import TARGET
+from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM, Gemma4AssistantConfig, Gemma4AssistantForCausalLM
 
 KINDS = {case.kind: case for case in CASES if case.model_type == "gemma4_text"}
 MAX_POSITION = 512
-# Tokens of a row of training, and drafted tokens of each position in it.
-LENGTH, UNROLLED = 96, 4
+# Drafted tokens of each position of a text, in training.
+UNROLLED = 4
 
 
 def write_target(kind: str, directory: Path, **fields) -> str:
@@ -54,36 +55,26 @@ def write_assistant(target: str, directory: Path, *, ordered: bool = False, **fi
     return str(directory)
 
 
-def teach(
-    model_dir: str, texts: list[list[int]], steps: int, assistant_dir: str | None = None, batch: int = 16
-) -> None:
-    """Train a target on ``texts`` (token ids), or its assistant on what it says about them, in place.
+def teach(target_dir: str, assistant_dir: str, texts: list[list[int]], steps: int) -> None:
+    """Train an assistant, in place, on what its target says about ``texts`` (token ids).
 
-    The assistant as it is served: at every position a row that sees the keys before, then more from its own state, at
-    the same place.
+    As it is served: at every position a row that sees the keys before, then more from its own state, at the same place.
     """
     torch.manual_seed(2)
-    target = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
-    learner, path = target, model_dir
-    if assistant_dir:
-        learner = Gemma4AssistantForCausalLM.from_pretrained(assistant_dir, dtype=torch.float32)
-        path = assistant_dir
-    stream = torch.tensor([token for text in texts for token in text])
-    optimizer = torch.optim.AdamW(learner.parameters(), lr=3e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
-    length = min(LENGTH, len(stream) - 1)
-    for _ in range(steps):
-        ids = stream[torch.randint(len(stream) - length, (batch, 1)) + torch.arange(length)]
-        loss = _distil(target, learner, ids) if assistant_dir else target(input_ids=ids, labels=ids).loss
+    target = AutoModelForCausalLM.from_pretrained(target_dir, dtype=torch.float32).eval()
+    assistant = Gemma4AssistantForCausalLM.from_pretrained(assistant_dir, dtype=torch.float32)
+    optimizer = torch.optim.AdamW(assistant.parameters(), lr=5e-3)
+    length = min(map(len, texts))
+    for step in range(steps):
+        loss = _loss(target, assistant, torch.tensor([texts[step % len(texts)][-length:]]))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        schedule.step()
-    learner.save_pretrained(path)
+    assistant.save_pretrained(assistant_dir)
 
 
-def _distil(target, assistant, ids: torch.Tensor) -> torch.Tensor:
-    """Cross entropy of the assistant's first ``UNROLLED`` tokens against the target's distributions."""
+def _loss(target, assistant, ids: torch.Tensor) -> torch.Tensor:
+    """Cross entropy of the assistant's first ``UNROLLED`` tokens against the target's choices."""
     with torch.no_grad():
         seen = target.model(ids, use_cache=False, return_shared_kv_states=True)
         logits = target(ids).logits
@@ -104,8 +95,8 @@ def _distil(target, assistant, ids: torch.Tensor) -> torch.Tensor:
             use_cache=False,
         ).last_hidden_state
         state = assistant.post_projection(hidden)
-        wanted = logits[:, 1 + step : 1 + step + rows].softmax(-1)
-        loss = loss - (wanted * assistant.lm_head(hidden).log_softmax(-1)).sum(-1).mean() / UNROLLED
+        wanted = logits[:, 1 + step : 1 + step + rows].argmax(-1)
+        loss = loss + cross_entropy(assistant.lm_head(hidden).flatten(0, 1), wanted.flatten()) / UNROLLED
     return loss
 
 

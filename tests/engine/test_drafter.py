@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Qwen
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed import cleanup_dist_env_and_memory, init_distributed_environment, initialize_model_parallel
 
+from vllm_kvspec.engine.draft import head_drafter
 from vllm_kvspec.engine.draft.head import KVSpecDraftModel
 from vllm_kvspec.engine.draft.head_drafter import Drafter
 from vllm_kvspec.engine.draft.logits import DraftLogits
@@ -317,3 +318,10 @@ def test_new_weights_reach_a_tied_transition_where_it_is(target, tmp_path, draft
     assert tables[0] is drafter.head.transition_rows and tables[1] is drafter.head.transition_columns
     torch.testing.assert_close(tables[0], 2 * before[0])
     torch.testing.assert_close(tables[1], 4 * before[1])
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_repeated_rows_lie_one_after_another(rows):
+    """Kernels step from one to the next, also where a single request has several paths."""
+    repeated = head_drafter._repeat(torch.arange(rows), 3)
+    assert repeated.tolist() == [row for row in range(rows) for _ in range(3)] and repeated.stride() == (1,)

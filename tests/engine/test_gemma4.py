@@ -4,6 +4,7 @@ transformers', and a chain of it is the one that vLLM's own ``mtp`` drafts."""
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,11 +13,17 @@ import pytest
 import requests_mix
 import torch
 from engine_runner import PLAIN_ENGINE, ROOT, generate, quick_engines, run_script, spec_counters
-from gemma4_pairs import KINDS, write_assistant, write_target
+from gemma4_pairs import KINDS, teach, write_assistant, write_target
 from requests_mix import ALL, BATCHES, CORE
-from transformers import AutoModelForCausalLM, Gemma4AssistantForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, Gemma4AssistantForCausalLM
+from vllm.engine.arg_utils import EngineArgs
+
+from vllm_kvspec import doctor
 
 HERE = Path(__file__).parent
+# Of teaching an assistant a few answers.
+STEPS = 120
 WINDOW = KINDS["dense"].config["sliding_window"]
 
 
@@ -166,27 +173,31 @@ def speculator_of(llm):
     return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner.speculator
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_chain_is_the_one_that_vllm_drafts(pairs, serve, tmp_path, kind):
-    """Every drafted token of every step, with vLLM's own speculator and model on the same attention."""
-    batches = [requests_mix.greedy_batch()]
-    target, assistant = pairs[kind]
+def vllm_chain(target: str, assistant: str, batches: list, directory: Path) -> dict:
+    """What vLLM's own ``mtp`` drafts and answers, four tokens a step (``mtp_reference.py``)."""
     mtp = {"method": "mtp", "model": assistant, "num_speculative_tokens": 4}
     job = {"engine": {"model": target, "speculative_config": mtp}, "batches": batches}
-    (tmp_path / "job.json").write_text(json.dumps(job))
+    (directory / "job.json").write_text(json.dumps(job))
     done = subprocess.run(
         [sys.executable, str(HERE / "mtp_reference.py"), "job.json", "out.json"],
-        cwd=tmp_path,
+        cwd=directory,
         env={**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), str(HERE)))},
         capture_output=True,
         text=True,
         timeout=900,
     )
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
-    expected, drafts, gaps = json.loads((tmp_path / "out.json").read_text()), [], []
+    return json.loads((directory / "out.json").read_text())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_chain_is_the_one_that_vllm_drafts(pairs, serve, tmp_path, kind):
+    """Every drafted token of every step, with vLLM's own speculator and model on the same attention."""
+    batches = [requests_mix.greedy_batch()]
+    expected, drafts, gaps = vllm_chain(*pairs[kind], batches, tmp_path), [], []
     with serve(kind, {"tree": "chain", "num_speculative_tokens": 4}) as llm:
         speculator = speculator_of(llm)
-        propose = speculator.propose
+        propose, logits = speculator.propose, speculator.drafter.logits
 
         def recorded(*args, **kwargs):
             tokens = propose(*args, **kwargs)
@@ -194,11 +205,9 @@ def test_a_chain_is_the_one_that_vllm_drafts(pairs, serve, tmp_path, kind):
             return tokens
 
         speculator.propose = recorded
-        logits = speculator.drafter.logits
         speculator.drafter.logits = lambda hidden: with_gaps(logits(hidden), gaps)
         outputs = generate(llm, batches)
-        counters = spec_counters(llm)
-    assert outputs == expected["outputs"] and counters == expected["counters"]
+    assert outputs == expected["outputs"]
     assert len(drafts) > 30
     for step, (ours, theirs) in enumerate(zip(drafts, expected["drafts"], strict=True)):
         for row, (mine, other) in enumerate(zip(ours, theirs, strict=True)):
@@ -207,7 +216,118 @@ def test_a_chain_is_the_one_that_vllm_drafts(pairs, serve, tmp_path, kind):
             assert level is None or gaps[4 * step + level][row] < 1e-4, (step, row, level)
 
 
+def test_an_assistant_that_has_learned(pairs, plain, make_engine, spec, same, tmp_path):
+    """It has read the answers. As many tokens are accepted of its chain as of vLLM's, and of its trees more."""
+    target = pairs["dense"][0]
+    assistant = shutil.copytree(pairs["dense"][1], tmp_path / "assistant")
+    batches, answers = [requests_mix.greedy_batch()], [plain["dense"]["greedy"]]
+    texts = [r["prompt"] + a[0]["token_ids"] for r, a in zip(batches[0], answers[0], strict=True)]
+    teach(target, str(assistant), [text for text in texts if len(text) > 48], steps=STEPS)
+    expected = vllm_chain(target, str(assistant), batches, tmp_path)["counters"]
+    accepted = {}
+    for name, keys in {
+        "chain": {"tree": "chain", "num_speculative_tokens": 4},
+        "tree": {"num_speculative_tokens": 16, "tree_depth": 4},
+    }.items():
+        with make_engine(spec(**{"model": str(assistant)} | keys), model=target) as llm:
+            same(generate(llm, batches), answers, name)
+            accepted[name] = spec_counters(llm)
+    assert accepted["chain"] == expected and expected["accepted_tokens"] > 10
+    assert accepted["tree"]["accepted_tokens"] > expected["accepted_tokens"]
+
+
 def with_gaps(scored, gaps: list):
     best = scored[0][:, 0].topk(2).values
     gaps.append((best[:, 0] - best[:, 1]).tolist())
     return scored
+
+
+def configured(target: str, assistant: str, **keys):
+    arguments = EngineArgs(
+        model=target, dtype="float32", speculative_config={"method": "kvspec", "model": assistant, **keys}
+    )
+    return arguments.create_engine_config().speculative_config
+
+
+@pytest.mark.parametrize(
+    ("keys", "nodes", "depth"),
+    [
+        ({}, 12, 6),
+        ({"tree_depth": 4}, 8, 4),
+        ({"num_speculative_tokens": 40, "tree_depth": 9}, 40, 9),
+        ({"tree": "chain"}, 6, 6),
+        ({"tree": "chain", "num_speculative_tokens": 30}, 30, 30),
+        ({"tree": [1, 1, 1, 1, 1, 1, 1, 2]}, 9, 8),
+    ],
+)
+def test_depth_is_asked_for(pairs, keys, nodes, depth):
+    config = configured(*pairs["dense"], **keys)
+    assert (config.num_speculative_tokens, config.max_depth(config.draft_model_config.hf_config)) == (nodes, depth)
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [({"tree": "chain", "tree_depth": 3}, 'tree_depth is for tree "auto"'), ({"tree_depth": 0}, "at least 1")],
+)
+def test_depths_that_no_tree_has(pairs, keys, words):
+    with pytest.raises(ValueError, match=words):
+        configured(*pairs["dense"], **keys)
+
+
+def test_an_assistant_of_another_target(pairs, tmp_path):
+    with pytest.raises(ValueError, match="4 heads of 32 in layer 0, which reads 1 KV heads of 16"):
+        configured(write_target("small", tmp_path / "other", head_dim=16), pairs["small"][1])
+    with pytest.raises(ValueError, match="backbone_hidden_size 64 where the target has 32"):
+        configured(write_target("dense", tmp_path / "narrow", hidden_size=32), pairs["dense"][1])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"),
+            "lacks 1 tensors, first layers.1.mlp.gate_up",
+        ),
+        (lambda tensors: tensors.update(extra=torch.zeros(1)), "has a tensor extra"),
+    ],
+)
+def test_a_checkpoint_that_is_no_assistants(pairs, make_engine, spec, tmp_path, change, words):
+    target, assistant = pairs["dense"]
+    broken = shutil.copytree(assistant, tmp_path / "assistant")
+    tensors = load_file(broken / "model.safetensors")
+    change(tensors)
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=words), make_engine(spec(model=str(broken)), model=target):
+        pass
+
+
+def test_suppressed_tokens_are_not_drafted(pairs, make_engine, spec, tmp_path):
+    """generation_config.json lists tokens that an assistant must not propose; here all but ten."""
+    target, assistant = pairs["small"]
+    quiet = shutil.copytree(assistant, tmp_path / "assistant")
+    allowed, vocab_size = range(100, 110), AutoConfig.from_pretrained(target).vocab_size
+    ids = [token for token in range(vocab_size) if token not in allowed]
+    (quiet / "generation_config.json").write_text(json.dumps({"suppress_tokens": ids}))
+    with make_engine(spec(4, model=str(quiet)), model=target) as llm:
+        scored = []
+        drafter = speculator_of(llm).drafter
+        logits = drafter.logits
+
+        def recorded(hidden):
+            scored.append(logits(hidden))
+            return scored[-1]
+
+        drafter.logits = recorded
+        generate(llm, [[requests_mix.request(5, 0, temperature=0.0)]])
+    drafted = {token for found, tokens in scored for token in tokens[found.isfinite()].tolist()}
+    assert drafted and drafted <= set(allowed)
+
+
+def test_the_doctor_knows_assistants(pairs, tmp_path):
+    found = {finding.name: finding for finding in doctor.findings(*pairs["small"])}
+    assert found["target"].found == "Gemma4ForCausalLM: 6 layers, 1 KV heads of 32 or 64"
+    assert "assistant of 4 layers, scores the best 4 of 64 clusters" in found["head"].found
+    assert found["head fits target"].found == "its sizes are the target's; it reads layers 1, 1, 1, 2"
+    assert found["vLLM accepts the pair"].ok
+    other = write_target("small", tmp_path / "other", head_dim=16)
+    assert "another target" in {f.name: f for f in doctor.findings(other, pairs["small"][1])}["head fits target"].found

@@ -21,7 +21,7 @@ def test_a_run_writes_the_head_and_how_it_was_made(finished_head, rows_file):
     record = json.loads((finished_head / "training.json").read_text())
     head = KVSpecDraftModel.from_pretrained(finished_head)
     assert head.dtype == torch.bfloat16
-    assert head.layers[0].self_attn.o_proj.weight.any() and head.transition_out.weight.any()
+    assert head.layers[0].self_attn.o_proj.weight.any() and head.transition_hidden.weight.any()
     assert record["parameters"] == head.num_parameters() and record["steps"] == 6 and record["rows"] == 18
     masks = [json.loads(line)["loss_mask"] for line in rows_file.read_text().splitlines()]
     assert record["supervised_tokens"] == sum(map(sum, masks))
@@ -55,7 +55,7 @@ def test_a_dry_run_writes_an_untrained_head_that_training_replaces(run_train, tm
     output = tmp_path / "head"
     record = run_train(output, "--dry_run")
     assert record["dry_run"] and record["steps"] == 0
-    assert not KVSpecDraftModel.from_pretrained(output).transition_out.weight.any()
+    assert not KVSpecDraftModel.from_pretrained(output).transition_hidden.weight.any()
     assert [path.name for path in tmp_path.iterdir()] == ["head"]
     assert "dry_run" not in run_train(output, "--max_steps 1")
 

@@ -59,7 +59,7 @@ def measure(
     runs that an interrupted measurement of the same left there are taken over. Raises ValueError when no text is long
     enough for a block.
     """
-    kind, _ = KVSpecDraftConfig.get_config_dict(draft_model)
+    kind = {} if draft_model is None else KVSpecDraftConfig.get_config_dict(draft_model)[0]
     if kind.get("model_type") in MODEL_TYPES:
         raise ValueError(
             f"vllm-kvspec eval measures heads that it can run without a server; {draft_model} is an assistant. Serve "

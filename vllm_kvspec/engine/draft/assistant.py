@@ -176,7 +176,8 @@ class Gemma4Assistant(nn.Module):
         batch, paths = embeds.shape[:2]
         # Padding has base 0; it reads some key then, for nobody.
         context_lens = base.clamp(min=1)
-        positions = (context_lens.long() - 1)[:, None].expand(-1, paths).flatten()
+        # Contiguous: of a single request it would be a view with stride 0.
+        positions = (context_lens.long() - 1)[:, None].expand(-1, paths).flatten().contiguous()
         hidden = self.pre_projection(torch.cat((embeds, state), dim=-1).flatten(0, 1))
         with one_kernel_norms():
             for layer, target in zip(self.layers, context, strict=True):

@@ -182,7 +182,8 @@ class Drafter:
 
 def _repeat(tensor: torch.Tensor, times: int) -> torch.Tensor:
     """Every row ``times`` times in a row, [B, ...] -> [B * times, ...]."""
-    return tensor if times == 1 else tensor.unsqueeze(1).expand(-1, times, *tensor.shape[1:]).flatten(0, 1)
+    # Contiguous: of a single row it would be a view with stride 0, and kernels step from row to row.
+    return tensor.unsqueeze(1).expand(-1, times, *tensor.shape[1:]).flatten(0, 1).contiguous()
 
 
 def source_paths(parents: Parents, offset: int, width: int) -> torch.Tensor:
