@@ -12,6 +12,14 @@ from vllm_kvspec.rope import layer_heads, layer_types, owns_kv
 MODEL_TYPES = ("gemma4_assistant", "gemma4_unified_assistant")
 
 
+def is_assistant(model: str) -> bool:
+    """Whether the directory or repository ``model`` is one, by its config.json."""
+    from transformers import PreTrainedConfig
+
+    config, _ = PreTrainedConfig.get_config_dict(model)
+    return config.get("model_type") in MODEL_TYPES
+
+
 def source_layers(assistant: Any, target_config: Any) -> list[int]:
     """The target layer that each layer of an assistant reads.
 

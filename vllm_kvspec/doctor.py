@@ -191,10 +191,9 @@ def _numbers(of_layers: int | list[int]) -> str:
 
 def _assistant(draft_model: str) -> Any:
     """The config of a published assistant, None for a head of ours."""
-    from transformers import AutoConfig, PreTrainedConfig
+    from transformers import AutoConfig
 
-    kind, _ = PreTrainedConfig.get_config_dict(draft_model)
-    return AutoConfig.from_pretrained(draft_model) if kind.get("model_type") in assistant.MODEL_TYPES else None
+    return AutoConfig.from_pretrained(draft_model) if assistant.is_assistant(draft_model) else None
 
 
 def _head(draft_model: str) -> str:

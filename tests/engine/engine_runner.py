@@ -120,6 +120,12 @@ def force_async_scheduling() -> None:
     platform.check_and_update_config = classmethod(check_and_update_config)
 
 
+def python_path(*more: Path | None) -> str:
+    """Where a process of its own finds this directory, ``more``, and what this process was told."""
+    places = (Path(__file__).parent, *more, os.environ.get("PYTHONPATH"))
+    return os.pathsep.join(str(place) for place in places if place)
+
+
 def run_script(
     job: dict,
     directory: Path,
@@ -127,17 +133,17 @@ def run_script(
     multiprocessing: bool = False,
     path: Path | None = None,
     environment: dict[str, str] | None = None,
+    script: str = __file__,
 ) -> dict:
-    """This file in a process of its own; fails with the end of its output. ``path``: where it finds more."""
+    """This file, or another ``script`` of its kind, in a process of its own; fails with the end of its output.
+    ``path``: where it finds more."""
     (directory / "job.json").write_text(json.dumps(job))
     done = subprocess.run(
-        [sys.executable, __file__, "job.json", "out.json"],
+        [sys.executable, script, "job.json", "out.json"],
         cwd=directory,
         env={
             **os.environ,
-            "PYTHONPATH": os.pathsep.join(
-                filter(None, [str(Path(__file__).parent), path and str(path), os.environ.get("PYTHONPATH")])
-            ),
+            "PYTHONPATH": python_path(path),
             **(environment or {}),
             "VLLM_ENABLE_V1_MULTIPROCESSING": "1" if multiprocessing else "0",
         },

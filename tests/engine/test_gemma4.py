@@ -3,10 +3,7 @@
 transformers', and a chain of it is the one that vLLM's own ``mtp`` drafts."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -178,17 +175,7 @@ def vllm_chain(target: str, assistant: str, batches: list, directory: Path) -> d
     """What vLLM's own ``mtp`` drafts and answers, four tokens a step (``mtp_reference.py``)."""
     mtp = {"method": "mtp", "model": assistant, "num_speculative_tokens": 4}
     job = {"engine": {"model": target, "speculative_config": mtp}, "batches": batches}
-    (directory / "job.json").write_text(json.dumps(job))
-    done = subprocess.run(
-        [sys.executable, str(HERE / "mtp_reference.py"), "job.json", "out.json"],
-        cwd=directory,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), str(HERE)))},
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
-    return json.loads((directory / "out.json").read_text())
+    return run_script(job, directory, path=ROOT, script=str(HERE / "mtp_reference.py"))
 
 
 @pytest.mark.skipif(

@@ -41,7 +41,7 @@ os._exit(0)
 
 def run(mode: str = "plain", **environment: str) -> dict:
     batch = [requests_mix.greedy_batch()[i] for i in (1, 3, 5)]
-    environment = {**os.environ, "PYTHONPATH": os.path.dirname(engine_runner.__file__), **environment}
+    environment = {**os.environ, "PYTHONPATH": engine_runner.python_path(), **environment}
     environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, mode, json.dumps(batch)],

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from vllm_kvspec.assistant import MODEL_TYPES
+from vllm_kvspec.assistant import is_assistant
 from vllm_kvspec.config import NOT_COMPARED, KVSpecDraftConfig, check_fingerprint, target_fingerprint
 from vllm_kvspec.eval import recycle
 from vllm_kvspec.eval.acceptance import COUPLED, REJECTION, Acceptance, evaluate, fitting_sizes, modes_at
@@ -59,8 +59,7 @@ def measure(
     runs that an interrupted measurement of the same left there are taken over. Raises ValueError when no text is long
     enough for a block.
     """
-    kind = {} if draft_model is None else KVSpecDraftConfig.get_config_dict(draft_model)[0]
-    if kind.get("model_type") in MODEL_TYPES:
+    if draft_model is not None and is_assistant(draft_model):
         raise ValueError(
             f"vllm-kvspec eval measures heads that it can run without a server; {draft_model} is an assistant. Serve "
             "it, and read tau from vLLM's counters (README, Metrics)."

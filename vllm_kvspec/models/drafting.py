@@ -76,14 +76,9 @@ def transition_factors(
     """Both factors of the bias, [V, r] each, zero outside a reduced draft vocabulary; (None, None) without a bias."""
     if not head.config.transition_rank:
         return None, None
-    rows, out = _tied_tables(head, target) if head.config.has_tied_transition else _own_tables(head)
-    if head.draft_token_ids is not None:
-        out = out.new_zeros(head.config.vocab_size, out.shape[1]).index_copy(0, head.draft_token_ids, out)
-    return rows, out
-
-
-def _own_tables(head: KVSpecDraftModel) -> tuple[torch.Tensor, torch.Tensor]:
-    return head.transition_in.weight, head.transition_out.weight
+    if head.config.has_tied_transition:
+        return _tied_tables(head, target)
+    return head.transition_in.weight, _every_token(head, head.transition_out.weight)
 
 
 @torch.no_grad()
@@ -95,8 +90,15 @@ def _tied_tables(head: KVSpecDraftModel, target: PreTrainedModel) -> tuple[torch
         rows = head.token_rows(target.get_input_embeddings()(every))
         columns = head.transition_hidden.weight.T
         out = uncapped_logits(target, columns, head.draft_token_ids, with_bias=False).T.to(rows.dtype)
-        head._tables = (made_of, rows, out)
+        head._tables = (made_of, rows, _every_token(head, out))
     return head._tables[1:]
+
+
+def _every_token(head: KVSpecDraftModel, factor: torch.Tensor) -> torch.Tensor:
+    """``factor`` [Vd, r] of the draft vocabulary -> [V, r], zero outside it."""
+    if head.draft_token_ids is None:
+        return factor
+    return factor.new_zeros(head.config.vocab_size, factor.shape[1]).index_copy(0, head.draft_token_ids, factor)
 
 
 def _expand_paths(head, target, view, base, anchor, options) -> tuple[torch.Tensor, ...]:

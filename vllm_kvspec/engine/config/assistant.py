@@ -6,11 +6,11 @@ from typing import Any
 
 from vllm.config import SpeculativeConfig
 
+from vllm_kvspec.config import KVSpecDraftConfig
+
 ARCHITECTURE = "KVSpecGemma4Assistant"
 # Every level of a tree is a pass of the assistant. As many as one is asked for where nobody says otherwise.
 DEFAULT_DEPTH = 6
-# A head says its own (``KVSpecDraftConfig``); this is its default.
-GREEDY_SCALE = 0.5
 
 
 def as_head(layers: list[int], vocab_size: int, depth: int) -> partial:
@@ -24,7 +24,8 @@ def as_head(layers: list[int], vocab_size: int, depth: int) -> partial:
         "target_kv_layer_ids": layers,
         "draft_block_size": depth,
         "draft_vocab_size": vocab_size,
-        "greedy_scale": GREEDY_SCALE,
+        # A head says its own; an assistant gets the default.
+        "greedy_scale": KVSpecDraftConfig.greedy_scale,
     }
     return partial(_with_keys, keys=keys)
 
