@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Command line: ``vllm-kvspec {init,prepare,train,eval,compare,doctor}``.
+"""Command line: ``vllm-kvspec {init,prepare,train,eval,compare,export,doctor}``.
 
 Each command imports what it needs when it runs.
 """
@@ -26,6 +26,10 @@ TRAIN_EXAMPLE = (
 EVAL_EXAMPLE = (
     "example: vllm-kvspec eval --target_model TARGET --draft_model head --data_path held_out.jsonl --num_prompts 64 "
     "--output results/head.json --plot results/head"
+)
+EXPORT_EXAMPLE = (
+    "example: vllm-kvspec export --format eagle3 --draft_model head --output_dir head-eagle3; then vllm serve TARGET "
+    """--speculative-config '{"method": "eagle3", "model": "head-eagle3", "num_speculative_tokens": 5}'"""
 )
 COMPARE_EXAMPLE = "example: vllm-kvspec compare results/*.json --output results/heads.md --plot results"
 
@@ -196,6 +200,23 @@ def _add_compare(commands) -> None:
     parser.set_defaults(run=_compare)
 
 
+def _export(args: argparse.Namespace) -> None:
+    from vllm_kvspec.export import export
+
+    print(f"Wrote {export(args.draft_model, args.output_dir, target_model=args.target_model)}.")
+
+
+def _add_export(commands) -> None:
+    parser = commands.add_parser("export", help="write a head for other engines", epilog=EXPORT_EXAMPLE)
+    parser.add_argument("--format", choices=["eagle3"], required=True, help="eagle3: vLLM's own method, for one")
+    parser.add_argument(
+        "--draft_model", required=True, help='directory of a head that was trained with fusion "eagle3"'
+    )
+    parser.add_argument("--output_dir", required=True, help="new or empty")
+    parser.add_argument("--target_model", help="directory or Hugging Face name (default: as the head names it)")
+    parser.set_defaults(run=_export)
+
+
 def _doctor(args: argparse.Namespace) -> None:
     from vllm_kvspec.doctor import doctor
 
@@ -214,7 +235,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parse ``argv`` (the process's own when None) and run the command."""
     parser = argparse.ArgumentParser(prog="vllm-kvspec", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (_add_init, _add_prepare, _add_train, _add_eval, _add_compare, _add_doctor):
+    for add in (_add_init, _add_prepare, _add_train, _add_eval, _add_compare, _add_export, _add_doctor):
         add(commands)
     args, rest = parser.parse_known_args(argv)
     if rest and not getattr(args, "takes_rest", False):

@@ -7,16 +7,28 @@ carries a fingerprint of that target, and ``check_fingerprint`` refuses any othe
 
 import hashlib
 import json
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig
 
 from vllm_kvspec.rope import is_per_layer_type, layer_heads, layer_types, rope_parameters
 
-CONTEXTS = ("hidden", "kv", "hybrid")
 TRANSITIONS = ("table", "tied")
-FUSIONS = ("direct", "concat", "projection", "projection_rope", "gated")
+# What a head with each context can do with what it reads.
+FUSIONS = {
+    "hidden": ("direct", "eagle3"),
+    "kv": ("direct", "concat", "projection", "projection_rope"),
+    "hybrid": ("direct", "gated"),
+}
 DRAFTINGS = ("block", "autoregressive")
+# Of fusion "eagle3", the heads that other engines know.
+EAGLE3_SHAPE = {
+    "num_hidden_layers": 1, "drafting": "autoregressive", "transition_rank": 0, "qk_norm": False,
+    "rope_interleaved": False, "layer_rope_parameters": None,
+}  # fmt: skip
+# In which a score depends on the distance alone: EAGLE-3 numbers its rows one less than we do.
+EAGLE3_ROPES = ("default", "linear", "llama3", "yarn")
 # Written beside our own keys, so that tools which know the speculators format can read the checkpoint. All are derived.
 SPECULATORS_KEYS = (
     "speculators_model_type",
@@ -40,7 +52,9 @@ class KVSpecDraftConfig(PreTrainedConfig):
     ``target_kv_layer_ids[i]`` as it lies in the cache), or one of KVShot's (arXiv 2604.26412, section 3), where
     ``target_kv_layer_ids`` are read together: ``"concat"`` (side by side on the head axis), ``"projection"`` (a learned
     mix of the layers), ``"projection_rope"`` (the same, with the rotation undone before and redone after); or
-    ``"gated"`` (its gated delta between an EAGLE-3 layer and direct cross-attention; hybrid, one layer).
+    ``"gated"`` (its gated delta between an EAGLE-3 layer and direct cross-attention; hybrid, one layer). With context
+    ``"hidden"``: ``"direct"`` (an ordinary layer after a projection) or ``"eagle3"`` (EAGLE-3's layer to the letter;
+    one, autoregressive: other engines know it).
 
     ``drafting`` says how a block of ``draft_block_size`` positions is scored: ``"block"`` (one pass, learned inputs
     after the anchor) or ``"autoregressive"`` (row d's input is the token at ``base + d``).
@@ -101,6 +115,11 @@ class KVSpecDraftConfig(PreTrainedConfig):
         self._check()
 
     @property
+    def is_eagle3(self) -> bool:
+        """Whether the head is what EAGLE-3 checkpoints hold."""
+        return self.fusion == "eagle3"
+
+    @property
     def has_own_context(self) -> bool:
         """Whether the head keeps context keys and values of its own, made from the target's hidden states."""
         return self.context == "hidden" or self.fusion == "gated"
@@ -120,7 +139,13 @@ class KVSpecDraftConfig(PreTrainedConfig):
         return self.rope_parameters if self.layer_rope_parameters is None else self.layer_rope_parameters[layer]
 
     def _check(self) -> None:
-        chosen = (("context", CONTEXTS), ("fusion", FUSIONS), ("drafting", DRAFTINGS), ("transition", TRANSITIONS))
+        fusions = tuple(dict.fromkeys(fusion for known in FUSIONS.values() for fusion in known))
+        chosen = (
+            ("context", tuple(FUSIONS)),
+            ("fusion", fusions),
+            ("drafting", DRAFTINGS),
+            ("transition", TRANSITIONS),
+        )
         for key, values in chosen:
             if getattr(self, key) not in values:
                 raise ValueError(f"{key} must be one of {list(values)}, got {getattr(self, key)!r}; use one of these.")
@@ -145,7 +170,7 @@ class KVSpecDraftConfig(PreTrainedConfig):
             raise ValueError("attention_bias must be false for a kvspec head, got true; leave it out.")
 
     def _check_context(self) -> None:
-        wanted = {"hidden": ("direct",), "kv": FUSIONS[:-1], "hybrid": ("direct", "gated")}[self.context]
+        wanted = FUSIONS[self.context]
         if self.fusion not in wanted:
             raise ValueError(
                 f"fusion with context {self.context!r} must be one of {list(wanted)}, got {self.fusion!r}; use one of "
@@ -177,6 +202,28 @@ class KVSpecDraftConfig(PreTrainedConfig):
                     f"{key} must be layers of the target (0..{(num_target_layers or 0) - 1}), got {bad}; count from "
                     "the first layer."
                 )
+        if self.is_eagle3:
+            self._check_eagle3()
+
+    def _check_eagle3(self) -> None:
+        wrong = [key for key, value in EAGLE3_SHAPE.items() if getattr(self, key) != value]
+        if wrong:
+            raise ValueError(
+                f'fusion "eagle3" must have {_listed({key: EAGLE3_SHAPE[key] for key in wrong})}, as EAGLE-3; got '
+                f"{_listed({key: getattr(self, key) for key in wrong})}. Set these, or use another fusion."
+            )
+        last = self.target.get("num_hidden_layers", 0) - 1
+        if last in self.aux_hidden_state_layer_ids:
+            raise ValueError(
+                f'aux_hidden_state_layer_ids of fusion "eagle3" must come before the last layer ({last}), whose hidden '
+                f"states transformers gives after the final norm only; got {self.aux_hidden_state_layer_ids}."
+            )
+        kind = (self.rope_parameters or {}).get("rope_type", "default")
+        if kind not in EAGLE3_ROPES:
+            raise ValueError(
+                f'rope_parameters of fusion "eagle3" must be of a type in {list(EAGLE3_ROPES)}, got {kind!r}; use '
+                'context "kv" or "hybrid".'
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """The checkpoint's keys, the derived speculators keys included."""
@@ -209,6 +256,21 @@ class KVSpecDraftConfig(PreTrainedConfig):
             },
             "transformer_layer_config": {"model_type": "qwen3", **{key: getattr(self, key) for key in layer_keys}},
         }
+
+
+def _listed(settings: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {value!r}" for key, value in settings.items())
+
+
+def find_target(head: str, name: str) -> str:
+    """Where the target is that the head in directory ``head`` calls ``name``: a name, or a directory as seen from here.
+
+    A directory that is not seen from here is looked for beside the head, and from there upwards.
+    """
+    if Path(name).exists():
+        return name
+    found = (parent / name for parent in Path(head).absolute().parents if name)
+    return next((str(path) for path in found if path.is_dir()), name)
 
 
 def tokenizer_sha256(tokenizer: Any) -> str:

@@ -23,7 +23,7 @@ class ZeroLinear(nn.Linear):
 class KVSpecAttention(nn.Module):
     """Attention of rows over a context and over the rows themselves."""
 
-    def __init__(self, config: KVSpecDraftConfig):
+    def __init__(self, config: KVSpecDraftConfig, input_size: int | None = None):
         super().__init__()
         self.head_dim = config.head_dim
         self.interleaved = config.rope_interleaved
@@ -31,9 +31,10 @@ class KVSpecAttention(nn.Module):
         sources = len(config.target_kv_layer_ids) if config.fusion == "concat" else 1
         q_size = sources * config.num_attention_heads * config.head_dim
         kv_size = sources * config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, q_size, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
+        input_size = input_size or config.hidden_size
+        self.q_proj = nn.Linear(input_size, q_size, bias=False)
+        self.k_proj = nn.Linear(input_size, kv_size, bias=False)
+        self.v_proj = nn.Linear(input_size, kv_size, bias=False)
         silent_start = config.context != "hidden" and config.fusion == "direct"
         self.o_proj = (ZeroLinear if silent_start else nn.Linear)(q_size, config.hidden_size, bias=False)
         if config.fusion in ("projection", "projection_rope"):

@@ -19,12 +19,17 @@ state))``, the target's last hidden state after its final norm at ``base - 1`` (
 the context is the head's own keys and values of all tokens before. Autoregressive hybrid and hidden heads feed back
 their own normed output as the next row's hidden state. What ``fusion`` adds: ``models/attention.py``.
 
+``fusion: "eagle3"`` is the arithmetic of published EAGLE-3 checkpoints, which other engines serve (``export.py``): the
+layer's queries, keys and values come from embedding and hidden state side by side, each normed; attention is added to
+the hidden state; what is fed back is not normed; no row stands for the first token, before which there is no state.
+
 The embedding and the LM head are the target's. They are not part of the checkpoint, whose weights are:
 
     block_embedding                                       [G, H]; row 0 is added to the anchor's; only with "block"
-    context_proj.weight                                   [H, 2H], not with context "kv"
+    context_proj.weight                                   [H, 2H], not with context "kv" or "eagle3"
     fuse_proj.weight                                      [H, F*H], only with F aux_hidden_state_layer_ids
     layers.{i}.input_layernorm.weight                     [H]
+    layers.{i}.hidden_norm.weight                         [H], only with "eagle3"
     layers.{i}.self_attn.{q,k,v,o}_proj.weight            linear without bias
     layers.{i}.self_attn.{q,k}_norm.weight                [head_dim], only with qk_norm
     layers.{i}.post_attention_layernorm.weight            [H]
@@ -89,9 +94,31 @@ class KVSpecLayer(nn.Module):
 
     def forward(self, hidden: torch.Tensor, rotary, context: list, mask: torch.Tensor):
         """``hidden`` [B, R, H] -> ([B, R, H], the rows' own keys and values); see ``KVSpecAttention.forward``."""
-        attended, own = self.self_attn(self.input_layernorm(hidden), rotary, context, mask)
-        hidden = hidden + attended
+        normed, residual = self.attention_input(hidden)
+        attended, own = self.self_attn(normed, rotary, context, mask)
+        hidden = residual + attended
         return hidden + self.mlp(self.post_attention_layernorm(hidden)), own
+
+    def attention_input(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What queries, keys and values are made of, and what attention is added to."""
+        return self.input_layernorm(hidden), hidden
+
+    def keys_values(self, hidden: torch.Tensor, rotary):
+        """The rows' own keys and values; see ``KVSpecAttention.keys_values``."""
+        return self.self_attn.keys_values(self.attention_input(hidden)[0], rotary)
+
+
+class Eagle3Layer(KVSpecLayer):
+    """EAGLE-3's: takes [B, R, 2H], a token's embedding and the hidden state before it, and gives [B, R, H]."""
+
+    def __init__(self, config: KVSpecDraftConfig):
+        super().__init__(config)
+        self.hidden_norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.self_attn = KVSpecAttention(config, input_size=2 * config.hidden_size)
+
+    def attention_input(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        embeds, state = hidden.chunk(2, dim=-1)
+        return torch.cat((self.input_layernorm(embeds), self.hidden_norm(state)), dim=-1), state
 
 
 class KVSpecDraftModel(PreTrainedModel):
@@ -99,19 +126,20 @@ class KVSpecDraftModel(PreTrainedModel):
 
     config_class = KVSpecDraftConfig
     base_model_prefix = "model"
-    _no_split_modules = ["KVSpecLayer"]
+    _no_split_modules = ["KVSpecLayer", "Eagle3Layer"]
     _supports_sdpa = True
 
     def __init__(self, config: KVSpecDraftConfig):
         super().__init__(config)
         if config.drafting == "block":
             self.block_embedding = nn.Parameter(torch.empty(config.draft_block_size, config.hidden_size))
-        if config.context != "kv":
+        if config.context != "kv" and not config.is_eagle3:
             self.context_proj = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
         if config.has_own_context:
             fused_size = len(config.aux_hidden_state_layer_ids) * config.hidden_size
             self.fuse_proj = nn.Linear(fused_size, config.hidden_size, bias=False)
-        self.layers = nn.ModuleList(KVSpecLayer(config) for _ in range(config.num_hidden_layers))
+        layer_class = Eagle3Layer if config.is_eagle3 else KVSpecLayer
+        self.layers = nn.ModuleList(layer_class(config) for _ in range(config.num_hidden_layers))
         self.norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = LayerRotary(config)
         if config.transition_rank and config.transition == "tied":
@@ -165,7 +193,8 @@ class KVSpecDraftModel(PreTrainedModel):
         return torch.cat((first.unsqueeze(-2), rest.to(first.dtype)), dim=-2)
 
     def _with_state(self, embeds: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
-        return self.context_proj(torch.cat((embeds, state.to(embeds.dtype)), dim=-1))
+        joined = torch.cat((embeds, state.to(embeds.dtype)), dim=-1)
+        return joined if self.config.is_eagle3 else self.context_proj(joined)
 
     def _target_states(self, view: TargetView, positions: torch.Tensor) -> torch.Tensor | None:
         """What a row at ``positions`` [B, A] learns from the target's hidden states one position earlier, [B, A, H]."""
@@ -212,12 +241,12 @@ class KVSpecDraftModel(PreTrainedModel):
         for d in range(row_embeds.shape[2]):
             hidden = self._with_state(row_embeds[:, :, d], state)
             rotaries = self.rotary_emb(hidden, base + d)
-            masks = self._masks(view, partial(_path_mask, base, d, _context_len(contexts), own))
+            masks = self._masks(view, partial(_path_mask, base, d, _context_len(contexts), own, self.config.is_eagle3))
             for layer, keys, rotary, mask in zip(self.layers, past, rotaries, masks, strict=True):
                 hidden, kv = layer(hidden, rotary, keys, mask)
                 keys.append(kv)
-            state = self.norm(hidden)
-            outputs.append(state)
+            outputs.append(self.norm(hidden))
+            state = hidden if self.config.is_eagle3 else outputs[-1]
         return torch.stack(outputs, dim=2)
 
     def _contexts(self, view: TargetView) -> list:
@@ -255,7 +284,7 @@ class KVSpecDraftModel(PreTrainedModel):
             hidden, kv = layer(hidden, rotary, [], causal[None, None])
             contexts.append(kv)
         last = self.layers[-1]
-        return [*contexts, last.self_attn.keys_values(last.input_layernorm(hidden), rotaries[-1])]
+        return [*contexts, last.keys_values(hidden, rotaries[-1])]
 
     def transition(self, previous: Previous, hidden: torch.Tensor) -> torch.Tensor | None:
         """What the tokens before the rows ``hidden`` [..., H] add: "table": to the logits, [..., Vd]; "tied": to the
@@ -297,9 +326,14 @@ def _context_mask(row_base: torch.Tensor, depth: torch.Tensor | int, context_len
     return visible.unsqueeze(1)
 
 
-def _path_mask(base: torch.Tensor, depth: int, context_len: int, own: torch.Tensor, window: int) -> torch.Tensor:
+def _path_mask(
+    base: torch.Tensor, depth: int, context_len: int, own: torch.Tensor, without_first: bool, window: int
+) -> torch.Tensor:
     """[B, 1, A, S + (depth + 1) * A] bool: what rows at ``base + depth`` see, ``own`` [B, 1, A, A] of each depth."""
-    return torch.cat((_context_mask(base, depth, context_len, window), *[own] * (depth + 1)), dim=-1)
+    context = _context_mask(base, depth, context_len, window)
+    if without_first:
+        context[..., 0] = False
+    return torch.cat((context, *[own] * (depth + 1)), dim=-1)
 
 
 def _rows_mask(base: torch.Tensor, context_len: int, count: int, causal: bool, window: int) -> torch.Tensor:
@@ -342,24 +376,26 @@ def head_config_for(target_config, tokenizer=None, **overrides) -> KVSpecDraftCo
             f"{reason}. Use another target, or serve it with another method."
         )
     found = target_fingerprint(target_config, tokenizer)
+    fusion = overrides.get("fusion") or "direct"
     fields = {
         "num_hidden_layers": 3,
         "hidden_size": found["hidden_size"],
         "intermediate_size": target_config.intermediate_size,
         "num_attention_heads": found["num_attention_heads"],
         "rms_norm_eps": getattr(target_config, "rms_norm_eps", 1e-6),
-        "qk_norm": True,
+        "qk_norm": fusion != "eagle3",
         "vocab_size": found["vocab_size"],
         "max_position_embeddings": target_config.max_position_embeddings,
         "target": found,
     }
     fields.update({key: value for key, value in overrides.items() if value is not None})
-    context, fusion = fields.get("context"), fields.get("fusion", "direct")
+    context = fields.get("context")
     sources = fields["num_hidden_layers"] if fusion in ("direct", "gated") else NUM_SOURCES
     if fields.get("target_kv_layer_ids") is None and context != "hidden":
         fields["target_kv_layer_ids"] = evenly_spaced(readable_layers(target_config), sources)
     if fields.get("aux_hidden_state_layer_ids") is None and (context == "hidden" or fusion == "gated"):
-        fields["aux_hidden_state_layer_ids"] = evenly_spaced(range(found["num_hidden_layers"]), NUM_SOURCES)
+        choices = range(found["num_hidden_layers"] - (fusion == "eagle3"))
+        fields["aux_hidden_state_layer_ids"] = evenly_spaced(choices, NUM_SOURCES)
     fields = _heads_of(target_config, fields) | fields
     return KVSpecDraftConfig(**fields, **_rope_fields(target_config, fields))
 
@@ -390,7 +426,11 @@ def _rope_fields(target_config, fields: dict[str, Any]) -> dict[str, Any]:
     rope, ids = fields["target"]["rope_parameters"], fields.get("target_kv_layer_ids") or []
     # A context of the head's own has no window: the positions of layers that have none.
     shared = dict(rope.get(FULL) or next(iter(rope.values()))) if is_per_layer_type(rope) else dict(rope)
-    found = {"rope_parameters": shared, "rope_interleaved": is_interleaved(target_config)}
+    # With keys of its own alone, a head may turn them its own way.
+    found = {
+        "rope_parameters": shared,
+        "rope_interleaved": is_interleaved(target_config) and fields.get("fusion") != "eagle3",
+    }
     if not all(0 <= i < target_config.num_hidden_layers for i in ids):
         # The configuration's own check says so.
         return found

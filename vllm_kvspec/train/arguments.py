@@ -42,14 +42,15 @@ class HeadArguments:
         default="hybrid",
         metadata={
             "help": '"kv" (reads the target\'s KV), "hybrid" (also its last hidden state) or "hidden" (its hidden '
-            "states only, as EAGLE-3; not served)"
+            "states only, as EAGLE-3; not served by kvspec)"
         },
     )
     fusion: str = field(
         default="direct",
         metadata={
             "help": '"direct" (head layer i reads one target layer; served), or of KVShot "concat", "projection", '
-            '"projection_rope", "gated" (for study)'
+            '"projection_rope", "gated" (for study), or "eagle3" (EAGLE-3 to the letter, for other engines: '
+            "examples/eagle3.yaml)"
         },
     )
     drafting: str = field(

@@ -17,6 +17,7 @@ import torch
 from transformers import PreTrainedModel, TrainerCallback
 
 from vllm_kvspec import __version__
+from vllm_kvspec.config import KVSpecDraftConfig
 from vllm_kvspec.models.draft_head import KVSpecDraftModel
 from vllm_kvspec.train.checkpoints import RECORD_NAME
 
@@ -46,6 +47,12 @@ vllm-kvspec {version}:
 SERVE = """\
 ```bash
 vllm serve {target} --speculative-config '{{"method": "kvspec", "model": "{name}", "num_speculative_tokens": {nodes}}}'
+```"""
+EXPORT = """Served by engines that know EAGLE-3, vLLM's own method for one, once it is written in their format:
+
+```bash
+vllm-kvspec export --format eagle3 --draft_model {name} --output_dir {name}-eagle3
+vllm serve {target} --speculative-config '{{"method": "eagle3", "model": "{name}-eagle3", "num_speculative_tokens": 5}}'
 ```"""
 
 
@@ -119,8 +126,6 @@ def write_head(head: KVSpecDraftModel, output: Path, record: dict) -> None:
 
 def _card(head: KVSpecDraftModel, name: str, record: dict) -> str:
     config, target = head.config, record["settings"]["target_model"]
-    served = config.context != "hidden" and config.fusion == "direct"
-    nodes = 2 * config.draft_block_size
     reduced = config.draft_vocab_size < config.vocab_size
     return CARD.format(
         target=target,
@@ -128,7 +133,7 @@ def _card(head: KVSpecDraftModel, name: str, record: dict) -> str:
         parameters=record["parameters"],
         vocabulary=f"{config.draft_vocab_size} of {config.vocab_size} tokens" if reduced else "whole vocabulary",
         bias=f"transition bias of rank {config.transition_rank}" if config.transition_rank else "no transition bias",
-        serving=SERVE.format(target=target, name=name, nodes=nodes) if served else "For study; it is not served.",
+        serving=_serving(config).format(target=target, name=name, nodes=2 * config.draft_block_size),
         rows=record["rows"],
         supervised=record["supervised_tokens"],
         data=", ".join(record["settings"]["data_path"]),
@@ -137,3 +142,9 @@ def _card(head: KVSpecDraftModel, name: str, record: dict) -> str:
         version=record["versions"]["vllm_kvspec"],
         command=record["command"],
     )
+
+
+def _serving(config: KVSpecDraftConfig) -> str:
+    if config.is_eagle3:
+        return EXPORT
+    return SERVE if config.context != "hidden" and config.fusion == "direct" else "For study; it is not served."

@@ -124,10 +124,14 @@ def check_safetensors(path: Path) -> None:
 def check_servable(head: KVSpecDraftConfig) -> None:
     """Raise ValueError for heads that need more context than the target's KV cache as it lies there."""
     if head.has_own_context:
+        do = (
+            "Serve it by vLLM's own method: vllm-kvspec export --format eagle3"
+            if head.is_eagle3
+            else 'It can be evaluated, not served: train a head with context "kv" or "hybrid" and fusion "direct"'
+        )
         raise ValueError(
             f"kvspec serves heads that read only the target's KV cache; {head.name_or_path} (context {head.context!r}, "
-            f"fusion {head.fusion!r}) needs a context cache of its own. It can be evaluated, not served: train a head "
-            'with context "kv" or "hybrid" and fusion "direct".'
+            f"fusion {head.fusion!r}) needs a context cache of its own. {do}."
         )
     if head.fusion != "direct":
         raise ValueError(

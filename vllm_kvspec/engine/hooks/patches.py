@@ -9,7 +9,6 @@ import json
 import sys
 from collections.abc import Callable
 from functools import wraps
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 from vllm_kvspec.engine.hooks import compat
@@ -129,14 +128,10 @@ def serve_heads_by_their_name() -> None:
     @wraps(original)
     def maybe_override_with_speculators(model, *args, **kwargs):
         target, tokenizer, settings = original(model, *args, **kwargs)
-        beside = Path(model).parent / target
-        if (
-            target != model
-            and (settings or {}).get("method") == METHOD
-            and not Path(target).exists()
-            and beside.is_dir()
-        ):
-            target = tokenizer = str(beside)
+        if target != model and (settings or {}).get("method") == METHOD:
+            from vllm_kvspec.config import find_target
+
+            target = tokenizer = find_target(model, target)
         return target, tokenizer, settings
 
     maybe_override_with_speculators.kvspec_original = original
