@@ -26,6 +26,7 @@ PARADIGMS = {
     "projection ttt": {"context": "kv", "fusion": "projection_rope", "drafting": "autoregressive"},
     "gated block": {"context": "hybrid", "fusion": "gated"},
     "gated ttt": {"context": "hybrid", "fusion": "gated", "drafting": "autoregressive"},
+    "eagle3": {"context": "hidden", "fusion": "eagle3", "drafting": "autoregressive", "transition_rank": 0},
 }
 
 
@@ -140,8 +141,8 @@ def test_row_d_learns_what_comes_after_position_base_plus_d(target, name, draft_
 )
 @pytest.mark.parametrize("name", PARADIGMS)
 def test_every_parameter_of_the_head_learns_and_none_of_the_target(target, name, extra):
-    layers = 1 if "gated" in name else 2
-    head = make_head(target, **PARADIGMS[name], num_hidden_layers=layers, **extra)
+    layers = 1 if "gated" in name or name == "eagle3" else 2
+    head = make_head(target, **({"num_hidden_layers": layers} | PARADIGMS[name] | extra))
     batch, wanted = make_batch(), LossSettings(8, 4.0, 1.0)
     # Projections that start at zero hide what lies before them from the first step.
     optimizer = torch.optim.AdamW(head.parameters(), lr=1e-2)

@@ -9,6 +9,7 @@ import pytest
 from transformers import AutoConfig, LlamaConfig, Qwen3Config
 
 from vllm_kvspec.config import (
+    EAGLE3_SHAPE,
     SPECULATORS_KEYS,
     KVSpecDraftConfig,
     check_fingerprint,
@@ -62,6 +63,9 @@ def test_head_takes_its_shapes_from_the_target(target_config):
     assert evenly_spaced([4, 9], 3) == [4, 4, 9]
 
 
+EAGLE3 = EAGLE3_SHAPE | {"context": "hidden", "fusion": "eagle3", "aux_hidden_state_layer_ids": [0]}
+
+
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
@@ -69,6 +73,11 @@ def test_head_takes_its_shapes_from_the_target(target_config):
         ({"context": "hidden", "aux_hidden_state_layer_ids": [0], "target_kv_layer_ids": [0]}, "must be empty"),
         ({"context": "kv", "fusion": "gated"}, "fusion with context"),
         ({"fusion": "gated", "aux_hidden_state_layer_ids": [0]}, "must have 1 layer"),
+        (EAGLE3 | {"num_hidden_layers": 2}, "must have num_hidden_layers 1, as EAGLE-3; got num_hidden_layers 2"),
+        (EAGLE3 | {"drafting": "block", "qk_norm": True}, "must have drafting 'autoregressive', qk_norm False"),
+        (EAGLE3 | {"target": {"num_hidden_layers": 2}, "aux_hidden_state_layer_ids": [0, 1]}, "before the last layer"),
+        (EAGLE3 | {"rope_parameters": {"rope_type": "dynamic"}}, "must be of a type in .* got 'dynamic'"),
+        ({"context": "kv", "fusion": "eagle3"}, "fusion with context 'kv'"),
         ({"drafting": "both"}, "drafting must be one of"),
         ({"transition_rank": -1}, "transition_rank"),
         ({"draft_vocab_size": 257}, "draft_vocab_size"),

@@ -54,6 +54,9 @@ PARADIGMS = [
     dict(context="hybrid", fusion="gated", num_hidden_layers=1),
 ]
 PARADIGMS = [fields | dict(drafting=drafting) for drafting in ("block", "autoregressive") for fields in PARADIGMS]
+PARADIGMS.append(
+    dict(context="hidden", fusion="eagle3", drafting="autoregressive", num_hidden_layers=1, transition_rank=0)
+)
 
 
 @pytest.fixture(params=PARADIGMS, ids=lambda fields: "-".join(str(value) for value in fields.values()))

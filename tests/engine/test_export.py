@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An exported head drafts in vLLM's own ``eagle3`` what it drafts here: the same logits at every step of every chain, and
+as many accepted tokens as ``vllm-kvspec eval`` predicts."""
+
+import json
+
+import pytest
+import torch
+from engine_runner import ROOT, TARGET, generate, spec_counters
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.models.llama_eagle3 import Eagle3LlamaForCausalLM
+
+from vllm_kvspec.eval.acceptance import evaluate, text_acceptance
+from vllm_kvspec.eval.texts import Text, write_texts
+from vllm_kvspec.export import export
+from vllm_kvspec.models.draft_head import KVSpecDraftModel, head_config_for
+from vllm_kvspec.models.drafting import draft_logits
+from vllm_kvspec.models.target import view_target
+from vllm_kvspec.train.data import collate
+from vllm_kvspec.train.trainer import LossSettings, head_loss, init_from_target
+
+MAX_TOKENS, BLOCK, STEPS = 40, 5, 60
+# Layers in another order than engines give their states in, one twice; and an LM head of the checkpoint's own.
+HEADS = {"whole": dict(aux_hidden_state_layer_ids=[5, 1, 5, 6]), "reduced": dict(draft_vocab_size=512)}
+
+
+@pytest.fixture(scope="module")
+def target():
+    return AutoModelForCausalLM.from_pretrained(TARGET, dtype=torch.float32).eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def texts(target) -> list[Text]:
+    """Greedy texts, so long that each place where an engine drafts has its whole block inside."""
+    tokenizer = AutoTokenizer.from_pretrained(TARGET)
+    rows = [json.loads(line) for line in (ROOT / "examples/prompts.jsonl").read_text().splitlines()]
+    # The last is one token: the first chain's anchor sees no row before its own.
+    prompts = [tokenizer(row["prompt"])["input_ids"][:64] for row in rows if row.get("prompt")]
+    prompts = [*prompts[:4], prompts[0][:1]]
+    length = MAX_TOKENS + BLOCK - 1
+    texts = write_texts(target, tokenizer, prompts, max_new_tokens=length, temperature=0.0)
+    texts = [text for text in texts if len(text.input_ids) == text.prompt_length + length]
+    assert len(texts) >= 3 and texts[-1].prompt_length == 1
+    return texts
+
+
+def teach(head: KVSpecDraftModel, target, texts: list[Text]) -> None:
+    """The very texts it will be asked for."""
+    init_from_target(head, target)
+    rows = [{"input_ids": text.input_ids, "loss_mask": [1] * len(text.input_ids), "temperature": 0.0} for text in texts]
+    batch, settings = collate(rows), LossSettings(anchors_per_sequence=16)
+    optimizer = torch.optim.AdamW(head.parameters(), lr=5e-3)
+    for _ in range(STEPS):
+        loss = head_loss(head, head.config, target, batch, settings)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+@pytest.fixture(scope="module", params=HEADS)
+def exported(target, texts, request, tmp_path_factory):
+    """The head, and where it was exported to."""
+    fields = dict(context="hidden", fusion="eagle3", drafting="autoregressive", num_hidden_layers=1, transition_rank=0)
+    config = head_config_for(
+        target.config, AutoTokenizer.from_pretrained(TARGET), draft_block_size=BLOCK, **fields, **HEADS[request.param]
+    )
+    torch.manual_seed(0)
+    head = KVSpecDraftModel(config)
+    if config.draft_vocab_size < config.vocab_size:
+        counts = torch.bincount(
+            torch.tensor([i for text in texts for i in text.input_ids]), minlength=config.vocab_size
+        )
+        head.set_draft_vocabulary(counts.topk(config.draft_vocab_size).indices)
+    teach(head, target, texts)
+    directory = tmp_path_factory.mktemp(request.param)
+    head.eval().save_pretrained(directory / "head")
+    return head, str(export(str(directory / "head"), str(directory / "eagle3")))
+
+
+@pytest.fixture
+def recorded(monkeypatch) -> list[torch.Tensor]:
+    """The logits [V] of every drafted token, one request at a time."""
+    found: list[torch.Tensor] = []
+    original = Eagle3LlamaForCausalLM.compute_logits
+
+    def compute_logits(self, hidden_states):
+        logits = original(self, hidden_states)
+        found.append(logits[0].float().cpu())
+        return logits
+
+    monkeypatch.setattr(Eagle3LlamaForCausalLM, "compute_logits", compute_logits)
+    return found
+
+
+def test_vllm_drafts_what_was_predicted(exported, target, texts, recorded, make_engine):
+    head, directory = exported
+    predicted = evaluate(head, target, texts, [])[0]["chain"]
+    spec = {"method": "eagle3", "model": directory, "num_speculative_tokens": BLOCK}
+    params = {"max_tokens": MAX_TOKENS, "temperature": 0.0, "ignore_eos": True}
+    with make_engine(spec, block_size=32, max_num_seqs=1, enable_prefix_caching=False) as llm:
+        for text in texts:
+            recorded.clear()
+            ((sample,),) = generate(llm, [[{"prompt": text.input_ids[: text.prompt_length], "params": params}]])[0]
+            assert sample["token_ids"] == text.input_ids[text.prompt_length :][:MAX_TOKENS]
+            compare_logits(head, target, text, torch.stack(recorded).unflatten(0, (-1, BLOCK)))
+        counters = spec_counters(llm)
+    print(f"{predicted.drafts:.0f} drafts, tau {predicted.tau:.3f}; engine {counters}")
+    assert counters["drafts"] == predicted.drafts
+    assert counters["accepted_tokens"] == pytest.approx((predicted.tau - 1) * predicted.drafts, abs=1e-6)
+    # What was taught is accepted: chains of every length were compared.
+    assert predicted.tau > 1.4
+
+
+def compare_logits(head, target, text: Text, engine: torch.Tensor) -> None:
+    """``engine`` [drafts, BLOCK, V] against the head's own along the same chains."""
+    accepted = text_acceptance(head, target, text, [])["chain"]
+    base, places = text.prompt_length, []
+    # After its last token an engine may draft once more.
+    while base < text.prompt_length + MAX_TOKENS - 1:
+        places.append(base)
+        base += 1 + int(accepted[base - text.prompt_length])
+    engine = engine[: len(places)]
+    ids, base = torch.tensor([text.input_ids]), torch.tensor(places)
+    paths = torch.cat((ids[0, base, None], engine.argmax(-1)[:, :-1]), dim=1)
+    with torch.no_grad():
+        ours = draft_logits(head, target, view_target(target, head.config, ids), ids, base, paths)
+    torch.testing.assert_close(engine, ours, atol=2e-3, rtol=1e-3)
+
+
+def test_it_is_served_by_its_name(exported):
+    config = EngineArgs(model=exported[1], dtype="float32", max_model_len=256).create_engine_config()
+    assert config.model_config.model == TARGET
+    assert (config.speculative_config.method, config.speculative_config.num_speculative_tokens) == ("eagle3", BLOCK)
