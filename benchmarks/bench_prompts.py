@@ -22,9 +22,9 @@ import report
 import torch
 from bench_engine import run
 
-# On a CPU "native" is what vLLM serves with there, Model Runner V1 ("ngram" as well); "none" is Model Runner V2, on
-# which kvspec runs.
-V1_ON_CPU = ("native", "ngram")
+# On a CPU "native" is what vLLM serves with there, Model Runner V1 ("ngram" and "eagle3" as well); "none" is Model
+# Runner V2, on which kvspec runs.
+V1_ON_CPU = ("native", "ngram", "eagle3")
 METHODS = ("native", "none", "ngram", "recycle", "chain", "8", "16", "32", "auto")
 METHOD = (
     "tau: tokens per engine step of a request that is alone, after its prompt's; mean over prompts and its standard "
@@ -37,6 +37,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--target", required=True)
     parser.add_argument("--head", required=True)
+    parser.add_argument(
+        "--eagle3", metavar="CHECKPOINT", help="also vLLM's own method, with what vllm-kvspec export wrote"
+    )
     parser.add_argument("--prompts", type=Path, required=True)
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
     parser.add_argument("--num-prompts", type=int, default=40)
@@ -53,6 +56,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     arguments.device = "cuda" if torch.cuda.is_available() else "cpu"
     if arguments.device != "cpu" and "native" in arguments.methods:
         arguments.methods = [method for method in arguments.methods if method != "native"]
+    if arguments.eagle3:
+        arguments.methods = [*arguments.methods, "eagle3"]
     if "none" not in arguments.methods:
         parser.error('--methods must have "none": what every text is compared with')
     return arguments
@@ -68,12 +73,14 @@ def chosen_prompts(path: Path, count: int) -> list[dict[str, Any]]:
     return [row for rows in together for row in rows if row][:count]
 
 
-def speculative_config(method: str, head: str) -> dict[str, Any] | None:
+def speculative_config(method: str, head: str, eagle3: str | None = None) -> dict[str, Any] | None:
     """vLLM's speculative config of a method."""
     if method in ("native", "none"):
         return None
     if method == "ngram":
         return {"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_min": 2, "prompt_lookup_max": 5}
+    if method == "eagle3":
+        return {"method": "eagle3", "model": eagle3, "num_speculative_tokens": 5}
     if method == "recycle":
         return {"method": "kvspec", "num_speculative_tokens": 16, "budget": "fixed"}
     kvspec = {"method": "kvspec", "model": head, "budget": "fixed"}
@@ -93,7 +100,7 @@ def job(arguments: argparse.Namespace, method: str, prompts: list[dict]) -> dict
         "max_num_seqs": max(arguments.batch),
         "disable_log_stats": False,
         "enable_prefix_caching": False,
-        "speculative_config": speculative_config(method, arguments.head),
+        "speculative_config": speculative_config(method, arguments.head, arguments.eagle3),
     }
     if arguments.device == "cpu":
         engine |= {"enforce_eager": True, "kv_cache_memory_bytes": 2 << 30, "block_size": 32}

@@ -35,6 +35,15 @@ def test_prompts_of_every_category(bench, tmp_path):
     assert [row["category"] for row in bench.chosen_prompts(path, 4)] == ["code", "chat", "code", "chat"]
 
 
+def test_eagle3_is_compared_where_there_is_a_checkpoint(bench):
+    required = ["--target", "t", "--head", "h", "--prompts", "p"]
+    assert "eagle3" not in bench.parse_arguments(required).methods
+    arguments = bench.parse_arguments([*required, "--eagle3", "e"])
+    assert bench.job(arguments, arguments.methods[-1], [])["engine"]["speculative_config"] == {
+        "method": "eagle3", "model": "e", "num_speculative_tokens": 5,
+    }  # fmt: skip
+
+
 @pytest.mark.e2e
 @pytest.mark.slow
 def test_the_bundled_pair(bench, tmp_path):

@@ -189,6 +189,20 @@ def test_a_head_is_served_by_its_name(tmp_path, monkeypatch):
     assert Path(config.speculative_config.model) == Path(HEAD)
 
 
+def test_a_target_named_by_a_relative_path_is_found(tmp_path, monkeypatch):
+    """As `train --target_model models/target --output_dir heads/one` names it, served from elsewhere."""
+    for source, place in ((TARGET, "run/models/target"), (HEAD, "run/heads/one")):
+        shutil.copytree(source, tmp_path / place)
+    written = json.loads((tmp_path / "run/heads/one/config.json").read_text())
+    written["speculators_config"]["verifier"]["name_or_path"] = "models/target"
+    (tmp_path / "run/heads/one/config.json").write_text(json.dumps(written))
+    monkeypatch.chdir(tmp_path)
+    for head in ("run/heads/one", str(tmp_path / "run/heads/one")):
+        config = EngineArgs(model=head, dtype="float32", max_model_len=256).create_engine_config()
+        assert Path(config.model_config.model).samefile(tmp_path / "run/models/target")
+        assert Path(config.speculative_config.model).samefile(head)
+
+
 def test_an_attention_that_no_head_fits_is_refused_before_anything_is_loaded(tmp_path):
     target = Path(shutil.copytree(TARGET, tmp_path / "target", ignore=shutil.ignore_patterns("*.safetensors")))
     shape = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 2, "vocab_size": 4096, "alibi": True}

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An exported head drafts in vLLM's own ``eagle3`` what it drafts here: the same logits at every step of every chain, and
-as many accepted tokens as ``vllm-kvspec eval`` predicts."""
+"""An exported head drafts in vLLM's own ``eagle3`` what it drafts here: the same logits at every step of every chain,
+and as many accepted tokens as ``vllm-kvspec eval`` predicts."""
 
 import json
 

@@ -9,9 +9,11 @@ from engine_runner import TARGET, generate, spec_counters
 from heads import write_head
 from requests_mix import BATCHES
 
-from vllm_kvspec.config import KVSpecDraftConfig
+from vllm_kvspec.config import EAGLE3_SHAPE, KVSpecDraftConfig
 from vllm_kvspec.engine.config.refusals import check_servable
 from vllm_kvspec.models.create import write_untrained_head
+
+EAGLE3 = EAGLE3_SHAPE | {"context": "hidden", "fusion": "eagle3"}
 
 
 @pytest.mark.parametrize(
@@ -44,6 +46,7 @@ def test_an_untrained_head_is_served(make_engine, spec, same, reference, tmp_pat
     ("fields", "sentence"),
     [
         (dict(context="hidden", target_kv_layer_ids=[], aux_hidden_state_layer_ids=[1]), "a context cache of its own"),
+        (dict(target_kv_layer_ids=[], aux_hidden_state_layer_ids=[1], **EAGLE3), "export --format eagle3"),
         (
             dict(fusion="gated", num_hidden_layers=1, target_kv_layer_ids=[0], aux_hidden_state_layer_ids=[1]),
             "fusion 'gated'.*a context cache of its own",
@@ -51,7 +54,7 @@ def test_an_untrained_head_is_served(make_engine, spec, same, reference, tmp_pat
         (dict(context="kv", fusion="projection", target_kv_layer_ids=[0, 1]), "reads a mix of layers \\[0, 1\\]"),
         (dict(context="kv", fusion="concat", target_kv_layer_ids=[0, 1]), 'train a head with fusion "direct"'),
     ],
-    ids=["hidden", "gated", "projection", "concat"],
+    ids=["hidden", "eagle3", "gated", "projection", "concat"],
 )
 def test_refused_heads(fields, sentence):
     with pytest.raises(ValueError, match=sentence):
