@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's own ``mtp`` with a Gemma 4 assistant on Model Runner V2, without a GPU: a script like ``engine_runner.py``.
+"""vLLM's own ``mtp`` with a Gemma 4 assistant, or ``eagle3``, on Model Runner V2 without a GPU: a script like
+``engine_runner.py``.
 
     python tests/engine/mtp_reference.py job.json out.json
 
@@ -25,6 +26,7 @@ import vllm.v1.worker.cpu.shm  # noqa: F401
 import engine_runner
 import interpreted_vllm
 import torch
+from vllm.v1.worker.gpu.spec_decode.eagle.speculator import EagleSpeculator
 from vllm.v1.worker.gpu.spec_decode.gemma4.speculator import Gemma4Speculator
 
 from vllm_kvspec.engine.cpu.worker import PlainV2CPUWorker
@@ -65,7 +67,8 @@ def recorded(propose):
 
 def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
-    Gemma4Speculator.propose = recorded(Gemma4Speculator.propose)
+    for speculator in (Gemma4Speculator, EagleSpeculator):
+        speculator.propose = recorded(speculator.propose)
     PlainV2CPUWorker.load_model = load_model
     llm = engine_runner.make_llm(job["engine"] | engine_runner.ON_CPU)
     # Not those of the passes that warm the engine up.

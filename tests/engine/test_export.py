@@ -3,10 +3,11 @@
 and as many accepted tokens as ``vllm-kvspec eval`` predicts."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
-from engine_runner import ROOT, TARGET, generate, spec_counters
+from engine_runner import ROOT, TARGET, generate, run_script, spec_counters
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.models.llama_eagle3 import Eagle3LlamaForCausalLM
@@ -20,7 +21,7 @@ from vllm_kvspec.models.target import view_target
 from vllm_kvspec.train.data import collate
 from vllm_kvspec.train.trainer import LossSettings, head_loss, init_from_target
 
-MAX_TOKENS, BLOCK, STEPS = 40, 5, 60
+MAX_TOKENS, BLOCK, STEPS = 28, 5, 60
 # Layers in another order than engines give their states in, one twice; and an LM head of the checkpoint's own.
 HEADS = {"whole": dict(aux_hidden_state_layer_ids=[5, 1, 5, 6]), "reduced": dict(draft_vocab_size=512)}
 
@@ -59,8 +60,8 @@ def teach(head: KVSpecDraftModel, target, texts: list[Text]) -> None:
 
 
 @pytest.fixture(scope="module", params=HEADS)
-def exported(target, texts, request, tmp_path_factory):
-    """The head, and where it was exported to."""
+def exported(target, texts, request, tmp_path_factory) -> tuple[str, KVSpecDraftModel, str]:
+    """Which head, the head, and the directory that it was exported to."""
     fields = dict(context="hidden", fusion="eagle3", drafting="autoregressive", num_hidden_layers=1, transition_rank=0)
     config = head_config_for(
         target.config, AutoTokenizer.from_pretrained(TARGET), draft_block_size=BLOCK, **fields, **HEADS[request.param]
@@ -75,12 +76,48 @@ def exported(target, texts, request, tmp_path_factory):
     teach(head, target, texts)
     directory = tmp_path_factory.mktemp(request.param)
     head.eval().save_pretrained(directory / "head")
-    return head, str(export(str(directory / "head"), str(directory / "eagle3")))
+    return request.param, head, str(export(str(directory / "head"), str(directory / "eagle3")))
 
 
-@pytest.fixture
-def recorded(monkeypatch) -> list[torch.Tensor]:
-    """The logits [V] of every drafted token, one request at a time."""
+def test_vllm_drafts_what_was_predicted(exported, target, texts, make_engine, tmp_path, monkeypatch):
+    """One head on the engine that vLLM serves with here, logits compared, the other on Model Runner V2, draft by draft
+    (on a GPU the two are one)."""
+    name, head, directory = exported
+    predicted = evaluate(head, target, texts, [])[0]["chain"]
+    engine = {
+        "speculative_config": {"method": "eagle3", "model": directory, "num_speculative_tokens": BLOCK},
+        "max_num_seqs": 1,
+        "enable_prefix_caching": False,
+    }
+    params = {"max_tokens": MAX_TOKENS, "temperature": 0.0, "ignore_eos": True}
+    batches = [[{"prompt": text.input_ids[: text.prompt_length], "params": params}] for text in texts]
+    if name == "reduced" and not torch.cuda.is_available():
+        job = {"engine": engine, "batches": batches}
+        found = run_script(job, tmp_path, path=ROOT, script=str(Path(__file__).with_name("mtp_reference.py")))
+        outputs, counters, compare = found["outputs"], found["counters"], compare_drafts
+        drafted = iter([drafts and drafts[0] for drafts in found["drafts"]])
+    else:
+        logits = record_logits(monkeypatch)
+        with make_engine(engine.pop("speculative_config"), **engine, block_size=32) as llm:
+            logits.clear()
+            outputs, counters, compare = generate(llm, batches), spec_counters(llm), compare_logits
+        drafted = iter(torch.stack(logits).unflatten(0, (-1, BLOCK)))
+    for text, ((sample,),) in zip(texts, outputs, strict=True):
+        assert sample["token_ids"] == text.input_ids[text.prompt_length :][:MAX_TOKENS]
+        places = anchors(head, target, text)
+        compare(head, target, text, places, [next(drafted) for _ in places])
+        # Once more after the text's last token.
+        next(drafted)
+    assert not list(drafted)
+    print(f"{name}: {predicted.drafts:.0f} drafts, tau {predicted.tau:.3f}; engine {counters}")
+    assert counters["drafts"] == predicted.drafts
+    assert counters["accepted_tokens"] == pytest.approx((predicted.tau - 1) * predicted.drafts, abs=1e-6)
+    # What was taught is accepted: chains of every length were compared.
+    assert predicted.tau > 1.4
+
+
+def record_logits(monkeypatch) -> list[torch.Tensor]:
+    """The logits [V] of every token that is drafted from now on, one request at a time."""
     found: list[torch.Tensor] = []
     original = Eagle3LlamaForCausalLM.compute_logits
 
@@ -93,42 +130,38 @@ def recorded(monkeypatch) -> list[torch.Tensor]:
     return found
 
 
-def test_vllm_drafts_what_was_predicted(exported, target, texts, recorded, make_engine):
-    head, directory = exported
-    predicted = evaluate(head, target, texts, [])[0]["chain"]
-    spec = {"method": "eagle3", "model": directory, "num_speculative_tokens": BLOCK}
-    params = {"max_tokens": MAX_TOKENS, "temperature": 0.0, "ignore_eos": True}
-    with make_engine(spec, block_size=32, max_num_seqs=1, enable_prefix_caching=False) as llm:
-        for text in texts:
-            recorded.clear()
-            ((sample,),) = generate(llm, [[{"prompt": text.input_ids[: text.prompt_length], "params": params}]])[0]
-            assert sample["token_ids"] == text.input_ids[text.prompt_length :][:MAX_TOKENS]
-            compare_logits(head, target, text, torch.stack(recorded).unflatten(0, (-1, BLOCK)))
-        counters = spec_counters(llm)
-    print(f"{predicted.drafts:.0f} drafts, tau {predicted.tau:.3f}; engine {counters}")
-    assert counters["drafts"] == predicted.drafts
-    assert counters["accepted_tokens"] == pytest.approx((predicted.tau - 1) * predicted.drafts, abs=1e-6)
-    # What was taught is accepted: chains of every length were compared.
-    assert predicted.tau > 1.4
-
-
-def compare_logits(head, target, text: Text, engine: torch.Tensor) -> None:
-    """``engine`` [drafts, BLOCK, V] against the head's own along the same chains."""
+def anchors(head, target, text: Text) -> list[int]:
+    """Where an engine drafts on its way through the text."""
     accepted = text_acceptance(head, target, text, [])["chain"]
     base, places = text.prompt_length, []
-    # After its last token an engine may draft once more.
     while base < text.prompt_length + MAX_TOKENS - 1:
         places.append(base)
         base += 1 + int(accepted[base - text.prompt_length])
-    engine = engine[: len(places)]
-    ids, base = torch.tensor([text.input_ids]), torch.tensor(places)
-    paths = torch.cat((ids[0, base, None], engine.argmax(-1)[:, :-1]), dim=1)
-    with torch.no_grad():
-        ours = draft_logits(head, target, view_target(target, head.config, ids), ids, base, paths)
+    return places
+
+
+def compare_logits(head, target, text: Text, places: list[int], engine: list[torch.Tensor]) -> None:
+    """Each of ``engine`` [BLOCK, V] against the head's own along the same chain."""
+    engine = torch.stack(engine)
+    ours = chain_logits(head, target, text, places, engine.argmax(-1))
     torch.testing.assert_close(engine, ours, atol=2e-3, rtol=1e-3)
 
 
+def compare_drafts(head, target, text: Text, places: list[int], engine: list[list[int]]) -> None:
+    """Each of ``engine``, BLOCK tokens, against what the head would draft after the ones before."""
+    drafts = torch.tensor(engine)
+    assert torch.equal(chain_logits(head, target, text, places, drafts).argmax(-1), drafts)
+
+
+def chain_logits(head, target, text: Text, places: list[int], drafts: torch.Tensor) -> torch.Tensor:
+    """The head's logits [drafts, BLOCK, V] at the anchors ``places``, along ``drafts`` [drafts, BLOCK]."""
+    ids, base = torch.tensor([text.input_ids]), torch.tensor(places)
+    paths = torch.cat((ids[0, base, None], drafts[:, :-1]), dim=1)
+    with torch.no_grad():
+        return draft_logits(head, target, view_target(target, head.config, ids), ids, base, paths)
+
+
 def test_it_is_served_by_its_name(exported):
-    config = EngineArgs(model=exported[1], dtype="float32", max_model_len=256).create_engine_config()
+    config = EngineArgs(model=exported[2], dtype="float32", max_model_len=256).create_engine_config()
     assert config.model_config.model == TARGET
     assert (config.speculative_config.method, config.speculative_config.num_speculative_tokens) == ("eagle3", BLOCK)
