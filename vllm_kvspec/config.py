@@ -265,11 +265,14 @@ def _listed(settings: dict[str, Any]) -> str:
 def find_target(head: str, name: str) -> str:
     """Where the target is that the head in directory ``head`` calls ``name``: a name, or a directory as seen from here.
 
-    A directory that is not seen from here is looked for beside the head, and from there upwards.
+    A directory that is not seen from here is looked for beside the head, and from there upwards. Raises ValueError for
+    a head that names none.
     """
+    if not name:
+        raise ValueError(f"The head in {head} must name its target, found no name in its config.json; name the target.")
     if Path(name).exists():
         return name
-    found = (parent / name for parent in Path(head).absolute().parents if name)
+    found = (parent / name for parent in Path(head).absolute().parents)
     return next((str(path) for path in found if path.is_dir()), name)
 
 

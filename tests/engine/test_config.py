@@ -190,17 +190,30 @@ def test_a_head_is_served_by_its_name(tmp_path, monkeypatch):
 
 
 def test_a_target_named_by_a_relative_path_is_found(tmp_path, monkeypatch):
-    """As `train --target_model models/target --output_dir heads/one` names it, served from elsewhere."""
+    """As ``train --target_model ./models/target --output_dir heads/one`` names it, from there and from elsewhere; and
+    by its whole path, which vLLM 0.33 alone would refuse."""
     for source, place in ((TARGET, "run/models/target"), (HEAD, "run/heads/one")):
         shutil.copytree(source, tmp_path / place)
-    written = json.loads((tmp_path / "run/heads/one/config.json").read_text())
-    written["speculators_config"]["verifier"]["name_or_path"] = "models/target"
-    (tmp_path / "run/heads/one/config.json").write_text(json.dumps(written))
-    monkeypatch.chdir(tmp_path)
-    for head in ("run/heads/one", str(tmp_path / "run/heads/one")):
-        config = EngineArgs(model=head, dtype="float32", max_model_len=256).create_engine_config()
-        assert Path(config.model_config.model).samefile(tmp_path / "run/models/target")
-        assert Path(config.speculative_config.model).samefile(head)
+    file, target = tmp_path / "run/heads/one/config.json", tmp_path / "run/models/target"
+    written = json.loads(file.read_text())
+    for name, place, head in (
+        ("./models/target", "run", "heads/one"),
+        ("./models/target", "", "run/heads/one"),
+        (str(target), "", str(file.parent)),
+    ):
+        written["speculators_config"]["verifier"]["name_or_path"] = name
+        file.write_text(json.dumps(written))
+        monkeypatch.chdir(tmp_path / place)
+        asked = {"tree": "chain"}
+        arguments = EngineArgs(model=head, dtype="float32", max_model_len=256, speculative_config=asked)
+        config = arguments.create_engine_config()
+        assert Path(config.model_config.model).samefile(target)
+        assert Path(config.speculative_config.model).samefile(file.parent)
+        assert config.speculative_config.tree == "chain"
+    written["speculators_config"]["verifier"]["name_or_path"] = ""
+    file.write_text(json.dumps(written))
+    with pytest.raises(ValueError, match="must name its target"):
+        EngineArgs(model=head).create_engine_config()
 
 
 def test_an_attention_that_no_head_fits_is_refused_before_anything_is_loaded(tmp_path):

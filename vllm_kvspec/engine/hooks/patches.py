@@ -9,6 +9,7 @@ import json
 import sys
 from collections.abc import Callable
 from functools import wraps
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from vllm_kvspec.engine.hooks import compat
@@ -59,14 +60,17 @@ def asked_method(engine_args: Any) -> str | None:
     model = engine_args.spec_model or settings.get("model")
     if method is not None or model is None:
         return method
+    return METHOD if _config_of(model, settings.get("revision")).get("model_type") == METHOD else None
+
+
+def _config_of(model: str, revision: str | None = None) -> dict[str, Any]:
+    """A model's config.json; empty where there is none to read, of which vLLM says what is wrong."""
     from transformers import PreTrainedConfig
 
     try:
-        found, _ = PreTrainedConfig.get_config_dict(model, revision=settings.get("revision"))
+        return PreTrainedConfig.get_config_dict(model, revision=revision)[0]
     except (OSError, ValueError):
-        # Whatever it is, vLLM says what is wrong with it.
-        return None
-    return METHOD if found.get("model_type") == METHOD else None
+        return {}
 
 
 def accept_kvspec() -> None:
@@ -115,9 +119,10 @@ def offer_spec_method() -> None:
 def serve_heads_by_their_name() -> None:
     """Target: ``vllm.engine.arg_utils.maybe_override_with_speculators``, the module global.
 
-    Why: ``vllm serve HEAD`` takes the target from the head's config.json. A head that lies beside its target names it
-    by its directory alone, which means nothing where the server is started. Upstream: names of repositories only.
-    Remove when vLLM resolves a verifier against the head's directory.
+    Why: ``vllm serve HEAD`` takes the target from the head's config.json. A head on this disk may name a directory, as
+    seen from where it was trained or beside itself, and 0.33 refuses directories. Upstream: names of repositories only,
+    so that a downloaded checkpoint cannot name a local one; heads that are no directory are left to it. Remove when
+    vLLM resolves a local head's verifier against the head's directory.
     """
     import vllm.engine.arg_utils as arg_utils
 
@@ -126,13 +131,16 @@ def serve_heads_by_their_name() -> None:
         return
 
     @wraps(original)
-    def maybe_override_with_speculators(model, *args, **kwargs):
-        target, tokenizer, settings = original(model, *args, **kwargs)
-        if target != model and (settings or {}).get("method") == METHOD:
-            from vllm_kvspec.config import find_target
+    def maybe_override_with_speculators(model, **kwargs):
+        found = _config_of(model) if Path(model).is_dir() else {}
+        if found.get("model_type") != METHOD:
+            return original(model, **kwargs)
+        from vllm_kvspec.config import find_target
 
-            target = tokenizer = find_target(model, target)
-        return target, tokenizer, settings
+        asked = kwargs.get("vllm_speculative_config") or {}
+        asked = parse_speculative_config(asked) if isinstance(asked, str) else asked
+        target = find_target(model, found["speculators_config"]["verifier"]["name_or_path"])
+        return target, target, {**asked, "method": METHOD, "model": model}
 
     maybe_override_with_speculators.kvspec_original = original
     arg_utils.maybe_override_with_speculators = maybe_override_with_speculators
