@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A head in the format of other engines: ``vllm-kvspec export``.
 
-``eagle3``: the speculators format, which vLLM serves with its own method ``eagle3`` (and by its name alone). Only heads
-with ``fusion: "eagle3"`` compute what such a checkpoint says, so others are refused. What differs in the files:
+``eagle3``: the speculators format, which vLLM serves with its own method ``eagle3``. Only heads with
+``fusion: "eagle3"`` compute what such a checkpoint says; others are refused. What differs in the files:
 
 - names: ``fuse_proj`` is ``fc``;
 - a target layer is counted from 1, because 0 is the embedding; an engine hands the layers' states over in ascending
@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from vllm_kvspec.config import EAGLE3_SHAPE, KVSpecDraftConfig, check_fingerprint, find_target, target_fingerprint
 from vllm_kvspec.models.draft_head import KVSpecDraftModel
+from vllm_kvspec.models.target import logit_scale
 
 
 def export(draft_model: str, output_dir: str, *, target_model: str | None = None) -> Path:
@@ -55,10 +56,7 @@ def _check_head(config: KVSpecDraftConfig) -> None:
 
 def _config(config: KVSpecDraftConfig, target_config: Any, target_model: str) -> dict[str, Any]:
     """config.json in the speculators format."""
-    scale = (getattr(target_config, "logit_scale", None) or 1.0) / (
-        getattr(target_config, "logits_scaling", None) or 1.0
-    )
-    layers = [i + 1 for i in _distinct_layers(config)]
+    layers = [i + 1 for i in sorted(set(config.aux_hidden_state_layer_ids))]
     shape = (
         "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
         "head_dim", "hidden_act", "rms_norm_eps", "rope_parameters", "max_position_embeddings", "vocab_size",
@@ -70,7 +68,7 @@ def _config(config: KVSpecDraftConfig, target_config: Any, target_model: str) ->
         "mlp_bias": False,
     }
     # vLLM looks for these beside the layer's.
-    layer |= {"num_aux_hidden_states": len(layers), "logit_scale": scale}
+    layer |= {"num_aux_hidden_states": len(layers), "logit_scale": logit_scale(target_config)}
     written = config.to_dict()
     speculators = written["speculators_config"]
     proposal = speculators["proposal_methods"][0] | {"speculative_tokens": config.draft_block_size}
@@ -88,10 +86,6 @@ def _config(config: KVSpecDraftConfig, target_config: Any, target_model: str) ->
         "norm_before_fc": False,
         "dtype": written["dtype"],
     }
-
-
-def _distinct_layers(config: KVSpecDraftConfig) -> list[int]:
-    return sorted(set(config.aux_hidden_state_layer_ids))
 
 
 def _tensors(head: KVSpecDraftModel, target_model: str) -> dict[str, torch.Tensor]:

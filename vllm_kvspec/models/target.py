@@ -84,9 +84,14 @@ def uncapped_logits(
     if token_ids is not None:
         weight, bias = weight[token_ids], None if bias is None else bias[token_ids]
     logits = torch.nn.functional.linear(hidden.to(weight.dtype), weight, bias)
-    # Cohere's factor, Granite's divisor.
-    scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+    scale = logit_scale(config)
     return logits if scale == 1.0 else logits * scale
+
+
+def logit_scale(text_config) -> float:
+    """What a target multiplies its logits by: Cohere's factor, Granite's divisor."""
+    factor, divisor = (getattr(text_config, key, None) or 1.0 for key in ("logit_scale", "logits_scaling"))
+    return factor / divisor
 
 
 def row_logits(
