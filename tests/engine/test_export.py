@@ -92,24 +92,26 @@ def test_vllm_drafts_what_was_predicted(exported, target, texts, make_engine, tm
     }
     params = {"max_tokens": MAX_TOKENS, "temperature": 0.0, "ignore_eos": True}
     batches = [[{"prompt": text.input_ids[: text.prompt_length], "params": params}] for text in texts]
+    places = [anchors(head, target, text) for text in texts]
     if name == "reduced" and not torch.cuda.is_available():
         job = {"engine": engine, "batches": batches}
         found = run_script(job, tmp_path, path=ROOT, script=str(Path(__file__).with_name("mtp_reference.py")))
         outputs, counters, compare = found["outputs"], found["counters"], compare_drafts
-        drafted = iter([drafts and drafts[0] for drafts in found["drafts"]])
+        steps = iter(found["drafts"])
+        # It drafts, or would, once more after a text's last token.
+        drafted = [[next(steps) for _ in (*bases, None)][:-1] for bases in places]
+        assert not list(steps)
     else:
-        logits = record_logits(monkeypatch)
+        logits, drafted, outputs, compare = record_logits(monkeypatch), [], [], compare_logits
         with make_engine(engine.pop("speculative_config"), **engine, block_size=32) as llm:
-            logits.clear()
-            outputs, counters, compare = generate(llm, batches), spec_counters(llm), compare_logits
-        drafted = iter(torch.stack(logits).unflatten(0, (-1, BLOCK)))
-    for text, ((sample,),) in zip(texts, outputs, strict=True):
+            for batch in batches:
+                logits.clear()
+                outputs += generate(llm, [batch])
+                drafted.append(list(logits))
+            counters = spec_counters(llm)
+    for text, bases, ((sample,),), drafts in zip(texts, places, outputs, drafted, strict=True):
         assert sample["token_ids"] == text.input_ids[text.prompt_length :][:MAX_TOKENS]
-        places = anchors(head, target, text)
-        compare(head, target, text, places, [next(drafted) for _ in places])
-        # Once more after the text's last token.
-        next(drafted)
-    assert not list(drafted)
+        compare(head, target, text, bases, drafts)
     print(f"{name}: {predicted.drafts:.0f} drafts, tau {predicted.tau:.3f}; engine {counters}")
     assert counters["drafts"] == predicted.drafts
     assert counters["accepted_tokens"] == pytest.approx((predicted.tau - 1) * predicted.drafts, abs=1e-6)
@@ -142,15 +144,15 @@ def anchors(head, target, text: Text) -> list[int]:
 
 
 def compare_logits(head, target, text: Text, places: list[int], engine: list[torch.Tensor]) -> None:
-    """Each of ``engine`` [BLOCK, V] against the head's own along the same chain."""
-    engine = torch.stack(engine)
+    """``engine``: the logits [V] of each drafted token, against the head's own along the same chains."""
+    engine = torch.stack(engine[: len(places) * BLOCK]).unflatten(0, (-1, BLOCK))
     ours = chain_logits(head, target, text, places, engine.argmax(-1))
     torch.testing.assert_close(engine, ours, atol=2e-4, rtol=1e-4)
 
 
-def compare_drafts(head, target, text: Text, places: list[int], engine: list[list[int]]) -> None:
-    """Each of ``engine``, BLOCK tokens, against what the head would draft after the ones before."""
-    drafts = torch.tensor(engine)
+def compare_drafts(head, target, text: Text, places: list[int], engine: list[list[list[int]]]) -> None:
+    """``engine``: the chain of each draft, against what the head would draft after the tokens before."""
+    drafts = torch.tensor(engine).squeeze(1)
     assert torch.equal(chain_logits(head, target, text, places, drafts).argmax(-1), drafts)
 
 
