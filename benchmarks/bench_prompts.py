@@ -25,11 +25,12 @@ from bench_engine import run
 # On a CPU "native" is what vLLM serves with there, Model Runner V1 ("ngram" and "eagle3" as well); "none" is Model
 # Runner V2, on which kvspec runs.
 V1_ON_CPU = ("native", "ngram", "eagle3")
-METHODS = ("native", "none", "ngram", "recycle", "recycle-auto", "chain", "8", "16", "32", "uncoupled", "graft", "auto")
+METHODS = ("native", "none", "ngram", "recycle", "recycle-auto", "chain", "8", "16", "32", "uncoupled", "auto")
+METHODS += ("graft", "graft-auto")
 METHOD = (
     "ngram, eagle3: vLLM's, 5 tokens. recycle: kvspec without a head, 16 nodes, one table for all prompts. chain, 8, "
-    "16, 32: the head. uncoupled: 16 nodes without the target's noise. graft: 16 nodes of head and recycle. auto: what "
-    "a server does by default, at most 16 nodes.\n\n"
+    "16, 32: the head. uncoupled: 16 nodes without the target's noise. graft: 16 nodes of head and recycle. -auto: at "
+    "most 16 nodes, as many as pay, which is what a server does by default.\n\n"
     "tau: tokens per engine step of a request that is alone, after its prompt's; mean over prompts and its standard "
     "error. identical: texts equal to those without speculation (a difference can be a near-tie of logits that two "
     "batch shapes round differently). tokens/s: prompts and prefill included; the categories one after another."
@@ -92,7 +93,7 @@ def speculative_config(method: str, head: str, eagle3: str | None = None) -> dic
         return kvspec | {"tree": "chain"}
     if method == "uncoupled":
         return kvspec | {"draft_noise": "none"}
-    if method == "graft":
+    if method.startswith("graft"):
         return kvspec | {"graft": True}
     return kvspec | ({"num_speculative_tokens": int(method)} if method.isdigit() else {})
 
