@@ -233,7 +233,11 @@ def path_sources(
     tree.of_request(temperature[0].item(), seed, coupled, head and [column[0].tolist() for column in head])
     found = []
     for node, token in enumerate(path):
-        found.append(tree.children(table, node)[token][1])
+        named = tree.children(table, node)
+        # A text can agree with what fills a tree's unused nodes.
+        if token not in named:
+            break
+        found.append(named[token][1])
         tree.add(token, node, 0.0)
     return found
 
