@@ -24,13 +24,15 @@ import torch
 # A case may fill this much of the free memory; the twin needs the rest.
 MEMORY_SHARE = 0.6
 ATTENTION = ("tree_attention", "paged_draft_attention")
-SMALL_KERNELS = ("tree_inputs", "tree_walk", "tree_build", "draft_inputs")
+RECYCLE = ("recycle_update", "own_matches", "recycle_tree")
+SMALL_KERNELS = ("tree_inputs", "tree_walk", "tree_build", "draft_inputs", *RECYCLE)
 WHOLE_VOCABULARY = ("tree_candidates", "gumbel_noise")
 METHOD = (
     "ms: median of a call over all of the row's layers, replayed from a CUDA graph as in the engine, L2 emptied before "
-    "each (tree_inputs, tree_walk, tree_build and draft_inputs: many in one graph, not emptied). Bytes are those that "
-    "must move: the KV of context and rows, queries, outputs; logits and transition_out once per level. Every row "
-    "agreed with its torch twin first: relative error is the largest difference over its largest value."
+    "each (tree_inputs, tree_walk, tree_build, draft_inputs and those of trees without a head: many in one graph, not "
+    "emptied). Bytes are those that must move: the KV of context and rows, queries, outputs; logits and transition_out "
+    "once per level. Every row agreed with its torch twin first: relative error is the largest difference over its "
+    "largest value."
 )
 KERNELS = (*ATTENTION, "kv_compact", *SMALL_KERNELS, *WHOLE_VOCABULARY)
 
@@ -66,6 +68,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def cases(arguments: argparse.Namespace, device: torch.device) -> Iterator[tuple[str, int, Callable]]:
     """(what it is, bytes of its largest inputs, function that makes it) for every shape asked for."""
     import kernel_cases
+    import recycle_cases
     import tree_cases
 
     fields = ("num_heads", "num_kv_heads", "head_dim", "num_layers", "vocab_size", "hidden_size", "transition_rank")
@@ -74,8 +77,8 @@ def cases(arguments: argparse.Namespace, device: torch.device) -> Iterator[tuple
     )
     token = geometry.kv_bytes_per_token
     for kernel in arguments.kernels:
-        module = kernel_cases if hasattr(kernel_cases, f"{kernel}_case") else tree_cases
-        make = partial(getattr(module, f"{kernel}_case"), geometry)
+        modules = (kernel_cases, tree_cases, recycle_cases)
+        make = partial(next(getattr(m, f"{kernel}_case") for m in modules if hasattr(m, f"{kernel}_case")), geometry)
         for shape in shapes(kernel, arguments):
             batch, keys = shape["batch"], shape.get("context", 64) + shape.get("rows", 0)
             needed = {
@@ -84,6 +87,8 @@ def cases(arguments: argparse.Namespace, device: torch.device) -> Iterator[tuple
                 "gumbel_noise": 8 * batch * geometry.draft_block_size * geometry.vocab_size,
                 # The twin's scores of every parent, three times.
                 "tree_candidates": 100 * batch * geometry.vocab_size,
+                # The twin compares every row with every other.
+                "recycle_update": 16 * (batch * shape.get("rows", 0)) ** 2,
             }.get(kernel, shape.get("layers", 0) * batch * keys * token)
             yield f"{kernel} {shape}", needed, partial(make, **shape, device=device)
 
@@ -91,7 +96,9 @@ def cases(arguments: argparse.Namespace, device: torch.device) -> Iterator[tuple
 def shapes(kernel: str, arguments: argparse.Namespace) -> Iterator[dict[str, int]]:
     """The shapes of one kernel: the product of the lists that concern it."""
     grid = {"batch": arguments.batch}
-    if kernel in ATTENTION:
+    if kernel == "own_matches":
+        grid["context"] = arguments.context
+    elif kernel in ATTENTION:
         grid |= {"context": arguments.context, "rows": arguments.rows, "layers": arguments.layers}
     elif kernel not in WHOLE_VOCABULARY:
         grid["rows"] = [rows for rows in arguments.rows if rows > 1]

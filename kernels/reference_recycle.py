@@ -39,6 +39,8 @@ MATCH_RATE, LENGTH_RATE, PLACE_RATE = 0.29, 1.1, 0.05
 REST = 0.02
 # At temperature 0 a broad tree finds more, and verifying it teaches more, than the probabilities alone would have it.
 GREEDY_SCALE = 1.5
+# Where a child of a node comes from.
+HEAD, TWO_TOKENS, ONE_TOKEN, OWN_TEXT, GUESS = SOURCES = ("head", "two tokens", "one token", "own text", "guess")
 
 
 class RecycleTable(NamedTuple):
@@ -196,24 +198,57 @@ def recycle_tree(
     """
     trees = []
     for b, r in enumerate(request.tolist()):
-        options = (temperature[b].item(), seed[b : b + 1], bool(chain[b]), coupled)
-        tree = _Tree([], 0)
+        tree = _Tree([], 0, [])
         if r < len(text):
-            tree = _Tree(text[r, : int(base[b]) + 1].tolist(), owner[r].item())
-            if head is not None:
-                tree.head = list(zip(*(column[b].tolist() for column in head), strict=True))
-            tree.grow(table, matches[b].tolist(), num_nodes, *options)
+            tree = _Tree(text[r, : int(base[b]) + 1].tolist(), owner[r].item(), matches[b].tolist())
+            tree.of_request(temperature[b].item(), seed[b : b + 1], coupled, head and [c[b].tolist() for c in head])
+            tree.grow(table, num_nodes, bool(chain[b]))
         trees.append(tree.columns(size))
     dtypes = (torch.int64, torch.int32, torch.int32, torch.int64)
     columns = zip(*trees, strict=True)
     return tuple(torch.tensor(c, dtype=d, device=text.device) for c, d in zip(columns, dtypes, strict=True))
 
 
-class _Tree:
-    """One request's tree while it grows; node 0 is the last token of ``text``."""
+def path_sources(
+    table: RecycleTable,
+    matches: torch.Tensor,
+    path: list[int],
+    *,
+    request: torch.Tensor,
+    base: torch.Tensor,
+    temperature: torch.Tensor,
+    seed: torch.Tensor,
+    owner: torch.Tensor,
+    text: torch.Tensor,
+    coupled: bool,
+    head: Candidates | None = None,
+) -> list[str]:
+    """Where each token of a path below the root of a tree that ``recycle_tree`` grew comes from, one of SOURCES.
 
-    def __init__(self, text: list[int], owner: int):
+    Of several sources that name a token it is the one that gives it most of its probability, and a head where its score
+    is the higher. Arguments as for ``recycle_tree``, of one request (B = 1) and before the step's rows are learned.
+    """
+    r = int(request[0])
+    tree = _Tree(text[r, : int(base[0]) + 1].tolist(), owner[r].item(), matches[0].tolist())
+    tree.of_request(temperature[0].item(), seed, coupled, head and [column[0].tolist() for column in head])
+    found = []
+    for node, token in enumerate(path):
+        named = tree.children(table, node)
+        # A text can agree with what fills a tree's unused nodes.
+        if token not in named:
+            break
+        found.append(named[token][1])
+        tree.add(token, node, 0.0)
+    return found
+
+
+class _Tree:
+    """One request's tree while it grows; node 0 is the last token of ``text``. ``matches``: of ``own_matches``."""
+
+    def __init__(self, text: list[int], owner: int, matches: list[int]):
+        last = (1 << POSITION_BITS) - 1
         self.text, self.owner = text, owner
+        self.matches = [(place, key >> POSITION_BITS, key & last) for place, key in enumerate(matches) if key]
         self.token, self.parent, self.depth, self.score = text[-1:] or [0], [0], [0], [0.0]
         # Of each node: the matches that its path agrees with, as (place in their order, length, end).
         self.alive: list[list[tuple[int, int, int]]] = []
@@ -221,36 +256,53 @@ class _Tree:
         self.head: list[tuple[float, int, int]] = []
         self.origin: list[int] = []
 
-    def grow(self, table, matches, num_nodes, temperature, seed, chain, coupled) -> None:
-        last = (1 << POSITION_BITS) - 1
-        matches = [(place, key >> POSITION_BITS, key & last) for place, key in enumerate(matches) if key]
+    def of_request(self, temperature: float, seed: torch.Tensor, coupled: bool, head: list[list] | None) -> None:
+        """How children are ranked, and a head's columns."""
+        self.temperature, self.seed, self.coupled = temperature, seed, coupled
+        self.trust = GRAFT_TRUST_SAMPLED if temperature > 0 else GRAFT_TRUST
+        self.head = list(zip(*head, strict=True)) if head else []
+
+    def grow(self, table: RecycleTable, num_nodes: int, chain: bool) -> None:
         frontier: list[tuple[float, int, int, int]] = []
         for node in range(num_nodes):
-            above = self.alive[self.parent[node]] if node else matches
-            position = len(self.text) - 1 + self.depth[node]
-            children = self._children(table, node, above)
-            scores = _scores(children, position, temperature, seed, coupled)
-            if self.head:
-                scores = self._grafted(scores, node, GRAFT_TRUST_SAMPLED if temperature > 0 else GRAFT_TRUST)
+            children = self.children(table, node)
             # The minus sorts by the highest score, then by the lowest node and the first child.
-            found = [(-self.score[node] - s, node, i, child) for i, (child, s) in enumerate(scores.items())]
+            found = [(-self.score[node] - s, node, i, child) for i, (child, (s, _)) in enumerate(children.items())]
             frontier = [entry for entry in found + ([] if chain else frontier) if entry[0] < math.inf]
             if not frontier:
                 return
             best = min(frontier)
             frontier.remove(best)
-            self.token.append(best[3])
-            self.parent.append(best[1])
-            self.depth.append(self.depth[best[1]] + 1)
-            self.score.append(-best[0])
+            self.add(best[3], best[1], -best[0])
 
-    def _grafted(self, scores: dict[int, float], node: int, trust: float) -> dict[int, float]:
+    def add(self, token: int, parent: int, score: float) -> None:
+        """A node, whose parent's children are known."""
+        self.token.append(token)
+        self.parent.append(parent)
+        self.depth.append(self.depth[parent] + 1)
+        self.score.append(score)
+
+    def children(self, table: RecycleTable, node: int) -> dict[int, tuple[float, str]]:
+        """Children of the newest node: token -> (score given the node, source)."""
+        share: dict[int, float] = {}
+        most: dict[int, tuple[float, str]] = {}
+        for source, child, part in self._shares(table, node):
+            if part > 0:
+                share[child] = share.get(child, 0.0) + part
+                most[child] = max(most.get(child, (0.0, "")), (part, source), key=lambda entry: entry[0])
+        position = len(self.text) - 1 + self.depth[node]
+        scores = _scores(share, position, self.temperature, self.seed, self.coupled)
+        found = {child: (score, most[child][1]) for child, score in scores.items()}
+        return self._grafted(found, node) if self.head else found
+
+    def _grafted(self, children: dict[int, tuple[float, str]], node: int) -> dict[int, tuple[float, str]]:
         """The children's scores, or the head's where those are higher, and the head's own children."""
         named = self._of_head(self.origin[self.parent[node]]) if node else {}
         self.origin.append(named.get(self.token[node], (-2, 0.0))[0] if node else -1)
-        merged = {child: score + math.log(trust) for child, score in scores.items()}
+        merged = {child: (score + math.log(self.trust), source) for child, (score, source) in children.items()}
         for child, (_, score) in self._of_head(self.origin[node]).items():
-            merged[child] = max(merged.get(child, -math.inf), score)
+            if score >= merged.get(child, (-math.inf, ""))[0]:
+                merged[child] = score, HEAD
         return merged
 
     def _of_head(self, origin: int) -> dict[int, tuple[int, float]]:
@@ -271,31 +323,28 @@ class _Tree:
         path += self.text[:-1][::-1][:2]
         return tuple((path + [-1, -1])[:2])
 
-    def _children(self, table: RecycleTable, node: int, above: list[tuple[int, int, int]]) -> dict[int, float]:
-        """Probability of each child that a source names, in order."""
+    def _shares(self, table: RecycleTable, node: int) -> list[tuple[str, int, float]]:
+        """What each source names after a node, in order: (source, child, probability)."""
         token, depth, base = self.token[node], self.depth[node], len(self.text) - 1
+        above = self.alive[self.parent[node]] if node else self.matches
         alive = [match for match in above if match[2] + depth < base and self.text[match[2] + depth] == token]
         self.alive.append(alive)
         longest = max((n + depth for _, n, _ in alive), default=0)
         confidence = 1 - math.exp(-MATCH_RATE * min(longest, LONGEST))
-        shares = [math.exp(LENGTH_RATE * (n + depth - longest) - PLACE_RATE * place) for place, n, _ in alive]
+        weights = [math.exp(LENGTH_RATE * (n + depth - longest) - PLACE_RATE * place) for place, n, _ in alive]
         before, earlier = self._before(node)
-        entries, trust = self._entries(table, before, token) if before >= 0 else [], PAIR_TRUST
+        entries, trust, key = self._entries(table, before, token) if before >= 0 else [], PAIR_TRUST, TWO_TOKENS
         if not entries:
-            entries, trust = self._entries(table, -1, token), TOKEN_TRUST
+            entries, trust, key = self._entries(table, -1, token), TOKEN_TRUST, ONE_TOKEN
         guesses = self._entries(table, earlier, before) or self._entries(table, -1, before)
         left = GUESS_TRUST * (1 - trust if entries else 1)
-        parts = [(child, (1 - confidence) * trust * math.exp(log_prob)) for child, log_prob in entries]
-        parts += [
-            (self.text[end + depth + 1], confidence * share / sum(shares))
-            for (_, _, end), share in zip(alive, shares, strict=True)
+        found = [(key, child, (1 - confidence) * trust * math.exp(log_prob)) for child, log_prob in entries]
+        found += [
+            (OWN_TEXT, self.text[end + depth + 1], confidence * weight / sum(weights))
+            for (_, _, end), weight in zip(alive, weights, strict=True)
         ]
-        parts += [(child, (1 - confidence) * left * math.exp(lp)) for child, lp in guesses if child != token]
-        children: dict[int, float] = {}
-        for child, share in parts:
-            if share > 0:
-                children[child] = children.get(child, 0.0) + share
-        return children
+        found += [(GUESS, child, (1 - confidence) * left * math.exp(lp)) for child, lp in guesses if child != token]
+        return found
 
     def _entries(self, table: RecycleTable, before: int, token: int) -> list[tuple[int, float]]:
         """What the table has for the two tokens, or with ``before`` -1 for one: (successor, log-probability)."""

@@ -145,6 +145,7 @@ def _eval(args: argparse.Namespace) -> None:
         name=args.name,
         texts_dir=args.texts_dir or (args.output and args.output.parent),
         with_bottlenecks=args.with_bottlenecks,
+        graft=args.graft,
         command=shlex.join(["vllm-kvspec", *args.argv]),
         output=args.output,
     )
@@ -156,6 +157,7 @@ def _add_eval(commands) -> None:
     parser = commands.add_parser("eval", help="measure a head's acceptance offline", epilog=EVAL_EXAMPLE)
     parser.add_argument("--target_model", required=True, help="target: directory or Hugging Face name")
     parser.add_argument("--draft_model", help="directory of the head (default: none, as served without a model)")
+    parser.add_argument("--graft", action="store_true", help='the head as served with "graft": true')
     parser.add_argument("--data_path", nargs="+", required=True, help='jsonl files with "text", "messages" or "turns"')
     parser.add_argument("--num_prompts", type=int, default=64)
     parser.add_argument(

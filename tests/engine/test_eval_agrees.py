@@ -10,7 +10,7 @@ import json
 
 import pytest
 import torch
-from engine_runner import ROOT, TARGET, generate, spec_counters
+from engine_runner import HEAD, ROOT, TARGET, generate, spec_counters
 from heads import write_head
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -74,15 +74,24 @@ def test_the_engine_drafts_and_accepts_what_was_predicted(offline, make_engine, 
     assert counters["accepted_tokens"] == pytest.approx((acceptance.tau - 1) * acceptance.drafts, abs=1e-6)
 
 
-@pytest.mark.parametrize(("keys", "temperature"), [({}, 0.0), ({}, 1.0), ({"tree": "chain"}, 0.0)])
-def test_without_a_head_the_engine_accepts_what_was_predicted(target, make_engine, spec, keys, temperature):
+@pytest.mark.parametrize(
+    ("keys", "temperature"),
+    [({}, 0.0), ({}, 1.0), ({"tree": "chain"}, 0.0), ({"graft": True}, 0.0), ({"graft": True}, 1.0)],
+)
+def test_recycled_drafts_are_accepted_as_predicted(target, make_engine, spec, keys, temperature):
     """Draft for draft also where each depends on all that were verified before: one request at a time."""
     texts = texts_of(target, MAX_TOKENS + NUM_NODES, temperature)
-    run = Run(target, NUM_NODES, chain=bool(keys), temperature=temperature)
+    path = HEAD if "graft" in keys else None
+    head = KVSpecDraftModel.from_pretrained(path, dtype=torch.float32).eval() if path else None
+    run = Run(target, NUM_NODES, chain="tree" in keys, temperature=temperature, head=head)
     for text in texts:
         run.read(text, last_anchor=text.prompt_length + MAX_TOKENS - 2)
     alone = {"max_num_seqs": 1, "enable_prefix_caching": False}
-    counters = served(make_engine, spec(NUM_NODES, model=None, **keys), texts, temperature, **alone)
+    counters = served(make_engine, spec(NUM_NODES, model=path, **keys), texts, temperature, **alone)
     print(f"predicted {run.accepted}; engine {counters}")
-    assert counters["drafts"] == sum(map(len, run.accepted)) > 80
+    assert counters["drafts"] == sum(map(len, run.accepted)) > 30
     assert counters["accepted_tokens"] == sum(map(sum, run.accepted)) > 20
+    # Grafts, too, have taken part.
+    assert sum(run.sources.values()) == counters["accepted_tokens"]
+    assert set(run.sources) - {"head"}
+    assert ("head" in run.sources) == (head is not None)

@@ -73,6 +73,27 @@ DEFECTS = {
         "test_tree_attention.py::test_soft_cap_and_sinks[fp32-0-1-cap]",
         "relative_error",
     ),
+    "anothers-entry": Defect(
+        "recycle.py",
+        "found = tl.load(owner_ptr + slot, mask=known, other=0) == owner",
+        "found = known",
+        "test_recycle.py::test_another_owner_is_told_nothing[2-kernel]",
+        "assert (0, 1",
+    ),
+    "beyond-the-texts-end": Defect(
+        "recycle.py",
+        "(end + d < base) & is_used",
+        "(end + d <= base) & is_used",
+        "test_recycle.py::test_nothing_is_read_beyond_the_texts_end[kernel]",
+        "(2, 9)",
+    ),
+    "noise-of-the-next-position": Defect(
+        "recycle.py",
+        "noise_key(seed, base + d)",
+        "noise_key(seed, base + d + 1)",
+        "test_recycle.py::test_candidates_are_ranked_under_the_targets_noise[kernel]",
+        "assert (0, 1",
+    ),
 }
 
 

@@ -277,13 +277,16 @@ def test_a_head_and_the_table_grow_one_tree(device, ours):
 
 
 @AND_TWIN
-def test_another_owner_is_told_nothing(device, ours):
-    table = twin.empty_table(1024, device)
+@pytest.mark.parametrize("slots", [1024, 2])
+def test_another_owner_is_told_nothing(device, ours, slots):
+    """Not even where both look into the same slot, as all do in the smallest table."""
+    table = twin.empty_table(slots, device)
     teach(table, 3, 1, 2, {10: 0.9})
-    teach(table, 3, -1, 2, {11: 0.9})
     teach(table, 3, -1, 10, {13: 0.9})
     mine = one_text(device, 0, 1, 2)
     assert grown(ours, table, mine)[:2] == [(0, 10), (1, 13)]
+    if slots == 2:
+        teach(table, 3, -1, 2, {11: 0.9})
     for other in (0, 4, 3 + 2**32, -3):
         assert grown(ours, table, mine | {"owner": torch.tensor([other], device=device)})[0] == (0, 0)
 
@@ -302,6 +305,14 @@ def test_own_text_is_followed_where_it_agrees(device, ours):
 
 
 @AND_TWIN
+def test_nothing_is_read_beyond_the_texts_end(device, ours):
+    """There lie tokens of the request that had the row before."""
+    table = twin.empty_table(1024, device)
+    text = one_text(device, 1, 2, 1, 2, 9, 9, base=torch.tensor([3]).int(), size=3, num_nodes=3)
+    assert grown(ours, table, text) == [(0, 1), (1, 2), (2, 0)]
+
+
+@AND_TWIN
 def test_sources_that_agree_are_one_child(device, ours):
     table = twin.empty_table(1024, device)
     teach(table, 3, 2, 3, {8: 0.5, 4: 0.4})
@@ -310,6 +321,25 @@ def test_sources_that_agree_are_one_child(device, ours):
     # 8 is likelier in the table, 4 by both.
     assert nodes[0] == (0, 4) and (0, 8) in nodes
     assert nodes.count((0, 4)) == 1
+
+
+def test_where_a_path_comes_from():
+    """Of several sources the one that gives a token most; a head where its score is the higher."""
+    table = twin.empty_table(1024)
+    teach(table, 3, 1, 2, {10: 0.9})
+    teach(table, 3, -1, 10, {13: 0.9, 12: 0.05})
+    text = one_text("cpu", 10, 13, 7, 1, 2)
+    known = {key: text[key] for key in ("request", "base", "temperature", "seed", "owner", "text", "coupled")}
+    none = torch.zeros(1, twin.MATCHES, dtype=torch.int32)
+    # 12 after 13: what else could have stood there. 5 is named by nobody.
+    assert twin.path_sources(table, none, [10, 13, 12, 5], **known) == ["two tokens", "one token", "guess"]
+    again = one_text("cpu", 1, 2, 10, 12, 7, 1, 2)
+    matches = twin.own_matches(again["text"], again["request"], again["base"])
+    known |= {"text": again["text"], "base": again["base"]}
+    assert twin.path_sources(table, matches, [10, 12, 7], **known) == ["two tokens", "own text", "own text"]
+    head = Candidates(torch.tensor([[-0.01, -3.0]]), torch.tensor([[20, 10]]), torch.tensor([[-1, -1]]).int())
+    assert twin.path_sources(table, none, [20], **known, head=head) == ["head"]
+    assert twin.path_sources(table, none, [10, 13], **known, head=head) == ["two tokens", "one token"]
 
 
 @AND_TWIN

@@ -139,17 +139,31 @@ def test_fewer_runs_are_not_compared_silently(report, tmp_path):
         load_reports([first, second])
 
 
-def test_without_a_head(directory, report, tmp_path):
-    """The same command without a head: runs through the same texts, each tree size its own."""
+@pytest.mark.parametrize("graft", [False, True])
+def test_drafts_that_depend_on_all_before(directory, report, tmp_path, capsys, graft):
+    """The same command without a head, or with grafts: runs through the same texts, each tree size its own."""
     command = eval_command(directory / "texts.jsonl", tmp_path / "report.json")
     at = command.index("--draft_model")
-    main([*command[:at], *command[at + 2 :], "--temperatures", "0", "--plot", str(tmp_path)])
+    command = [*command, "--graft"] if graft else [*command[:at], *command[at + 2 :]]
+    main([*command, "--temperatures", "0", "--plot", str(tmp_path)])
     found = json.loads((tmp_path / "report.json").read_text())
-    assert found["conditions"]["head"]["name"] == "no head" and "bottlenecks" not in found
+    name = report["conditions"]["head"]["name"] + ", graft" if graft else "no head"
+    assert found["conditions"]["head"]["name"] == name and "bottlenecks" not in found
     (run,), trees = found["runs"], found["runs"][0]["trees"]
     assert run["texts_sha256"] == report["runs"][0]["texts_sha256"]
     assert list(trees) == ["chain", "4", "16"] and 1 <= trees["4"]["tau"] <= trees["16"]["tau"]
     assert len(trees["16"]["conditional"]) == 8 and trees["16"]["fresh"] == [None] * 8
+    assert list(run["sources"]["16"]) == ["head"] * graft + ["two tokens", "one token", "own text", "guess"]
+    for name, sources in run["sources"].items():
+        assert sum(sources.values()) == pytest.approx(trees[name]["tau"] - 1, abs=1e-3)
+    assert "by where they came from" in " ".join(capsys.readouterr().out.split())
+
+
+def test_grafts_need_a_head(directory, tmp_path):
+    command = eval_command(directory / "texts.jsonl", tmp_path / "report.json")
+    at = command.index("--draft_model")
+    with pytest.raises(ValueError, match="without --draft_model"):
+        main([*command[:at], *command[at + 2 :], "--graft"])
 
 
 def test_too_short_texts_are_refused(directory, tmp_path):

@@ -48,12 +48,14 @@ def measure(
     name: str | None = None,
     texts_dir: Path | None = None,
     with_bottlenecks: bool = True,
+    graft: bool = False,
     command: str = "",
     output: Path | None = None,
 ) -> dict:
     """Print the tables and return the numbers with the conditions they were measured under, as plain JSON.
 
     ``draft_model`` None: what is drafted without a head, which has no bottlenecks and takes neither beam nor width.
+    ``graft``: the head with what is drafted without one, as served with ``"graft": true``; without the bottlenecks.
     ``texts_dir``: where the target's texts are kept for the next head, or None. ``name``: what ``compare`` calls the
     head; heads of the same name are seeds of one recipe. ``output``: where the report is written after every run; the
     runs that an interrupted measurement of the same left there are taken over. Raises ValueError when no text is long
@@ -64,6 +66,8 @@ def measure(
             f"vllm-kvspec eval measures heads that it can run without a server; {draft_model} is an assistant. Serve "
             "it, and read tau from vLLM's counters (README, Metrics)."
         )
+    if graft and draft_model is None:
+        raise ValueError("Grafts need a head, found --graft without --draft_model; give one, or leave --graft out.")
     target, tokenizer = load_target(target_model, getattr(torch, dtype))
     fingerprint = target_fingerprint(target.config.get_text_config(), tokenizer)
     head, block, sizes = None, recycle.CHAIN, [n for n in num_nodes if n <= MAX_NODES]
@@ -82,7 +86,8 @@ def measure(
             "weights_sha256": weights_sha256(target),
             "fingerprint": {key: value for key, value in fingerprint.items() if key not in NOT_COMPARED},
         },
-        "head": _describe_head(head, draft_model, name) if head else _describe_no_head(name),
+        "head": _describe_head(head, draft_model, name, graft) if head else _describe_no_head(name),
+        "graft": graft,
         "data_path": [str(path) for path in data_path],
         "prompts_sha256": digest(prompts),
         "num_prompts": num_prompts,
@@ -104,20 +109,20 @@ def measure(
 
     def run(temperature: float, mode: str) -> dict:
         texts, sha256 = texts_at(temperature)
-        options = {"mode": mode, "temperature": temperature, "beam": beam, "width": width}
-        if head:
-            found = evaluate(head, target, texts, sizes, **options)
+        options = {"temperature": temperature, "beam": beam, "width": width}
+        if head and not graft:
+            found = evaluate(head, target, texts, sizes, mode=mode, **options)
         else:
-            found = recycle.evaluate(target, texts, sizes, coupled=mode == COUPLED, temperature=temperature)
+            found = recycle.evaluate(target, texts, sizes, coupled=mode == COUPLED, head=head, **options)
         return _run(temperature, mode, texts, sha256, *found)
 
     for temperature in temperatures:
         for mode in modes_at(temperature):
-            # Its probabilities are those of a few tokens, so there is no rejection sampling to compare with.
-            if mode == REJECTION and head is None:
+            # Recycled probabilities are those of a few tokens: there is no rejection sampling to compare with.
+            if mode == REJECTION and (graft or head is None):
                 continue
             print_run(file.run(temperature, mode, run))
-    if with_bottlenecks and head:
+    if with_bottlenecks and head and not graft:
         first = temperatures[0]
         print_bottlenecks(
             file.bottlenecks(lambda: _rounded(bottlenecks(head, target, texts_at(first)[0][:BOTTLENECK_TEXTS], first)))
@@ -141,13 +146,13 @@ def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def _describe_head(head: KVSpecDraftModel, path: str, name: str | None) -> dict:
+def _describe_head(head: KVSpecDraftModel, path: str, name: str | None, graft: bool) -> dict:
     record = Path(path) / "training.json"
     training = json.loads(record.read_text()) if record.is_file() else {}
     config = head.config.to_dict()
     return {
         "path": path,
-        "name": name or paradigm(head.config),
+        "name": name or paradigm(head.config) + (", graft" if graft else ""),
         "weights_sha256": weights_sha256(head),
         "parameters": sum(parameter.numel() for parameter in head.parameters()),
         "steps": training.get("steps"),
@@ -171,8 +176,8 @@ def paradigm(config: KVSpecDraftConfig) -> str:
     return f"{config.context}{fusion}/{drafting}, {layers}" + ("" if config.transition_rank else ", no bias")
 
 
-def _run(temperature: float, mode: str, texts: list[Text], sha256: str, whole: dict, half: dict) -> dict:
-    return {
+def _run(temperature: float, mode: str, texts: list[Text], sha256: str, whole: dict, half: dict, sources=None) -> dict:
+    run = {
         "temperature": temperature,
         "mode": mode,
         "texts": len(texts),
@@ -181,6 +186,7 @@ def _run(temperature: float, mode: str, texts: list[Text], sha256: str, whole: d
         "trees": {name: _rounded(asdict(acceptance)) for name, acceptance in whole.items()},
         "less_repetitive_half": {name: _short(acceptance) for name, acceptance in half.items()},
     }
+    return run | ({"sources": _rounded(sources)} if sources else {})
 
 
 def _short(acceptance: Acceptance) -> dict:
@@ -227,8 +233,19 @@ def print_run(run: dict) -> None:
         depths.add_column(str(k), justify="right")
     for key, label in rows:
         depths.add_row(label, *("" if value is None else f"{value:.2f}" for value in chain[key]))
-    for table in (lengths, depths):
+    for table in (lengths, depths, *([_sources_table(run)] if "sources" in run else [])):
         Console().print(table)
+
+
+def _sources_table(run: dict) -> Table:
+    """What drafts without a head, and grafted ones, owe to each source."""
+    table = Table(title=f"{title_of(run)}: accepted tokens per verification, by where they came from")
+    table.add_column("tree")
+    for source in run["sources"]["chain"]:
+        table.add_column(source, justify="right")
+    for name, sources in run["sources"].items():
+        table.add_row(name, *(f"{value:.2f}" for value in sources.values()))
+    return table
 
 
 def _with_error(figures: dict, key: str) -> str:

@@ -6,7 +6,7 @@ from transformers import PreTrainedModel
 
 from vllm_kvspec.models.draft_head import KVSpecDraftModel, Previous
 from vllm_kvspec.models.target import TargetView, head_logits, row_logits, uncapped_logits
-from vllm_kvspec.tree import expand_tree
+from vllm_kvspec.tree import expand_tree, plan_levels
 
 
 def _whole_vocabulary(head: KVSpecDraftModel, logits: torch.Tensor) -> torch.Tensor:
@@ -47,6 +47,7 @@ def draft_candidates(
     *,
     beam: int,
     width: int,
+    num_nodes: int | None = None,
     chain: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Candidates (score, token, parent) of a tree at each anchor, as ``tree.expand_tree`` gives them.
@@ -55,7 +56,8 @@ def draft_candidates(
     ``tree.expand_tree`` for A requests. Autoregressive heads run once per level over the beam's paths.
     """
     anchor = input_ids[0, base]
-    options = {"noise": noise, "scale": scale, "beam": beam, "width": width, "chain": chain}
+    options = {"noise": noise, "scale": scale, "chain": chain}
+    options |= {"beam": beam, "width": width, "num_nodes": num_nodes}
     if head.config.drafting == "autoregressive":
         return _expand_paths(head, target, view, base, anchor, options)
     hidden = head(view, base[None], target.get_input_embeddings()(anchor)[None, :, None])[0]
@@ -108,24 +110,27 @@ def _expand_paths(head, target, view, base, anchor, options) -> tuple[torch.Tens
     path_score = torch.zeros(anchors, 1, device=base.device)
     found: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
     offset = 0
-    for level in range(head.config.draft_block_size):
+    levels = plan_levels(head.config.draft_block_size, options["beam"], options["width"], options["num_nodes"])
+    for depth, level in enumerate(levels):
         beam = paths.shape[1]
         rows = target.get_input_embeddings()(paths.flatten(0, 1))
         last = head(view, base.repeat_interleave(beam)[None], rows[None])[0, :, -1].view(anchors, beam, -1)
         logits = _row_logits(head, target, last, paths[..., -1])
         if noise is not None:
-            logits = logits + noise[:, level, None]
+            logits = logits + noise[:, depth, None]
         if scale is not None:
             logits = logits / scale.view(-1, 1, 1)
-        child_score, child_token = logits.log_softmax(dim=-1).topk(options["width"], dim=-1)
+        child_score, child_token = logits.log_softmax(dim=-1).topk(level.width, dim=-1)
         score, token = (path_score[..., None] + child_score).flatten(1), child_token.flatten(1)
         if options["chain"] is not None:
             off_chain = options["chain"][:, None] & (torch.arange(score.shape[1], device=base.device) > 0)
             score = score.masked_fill(off_chain, float("-inf"))
-        found.append((score, token, path_index.repeat_interleave(options["width"], dim=1).int()))
-        path_score, best = score.topk(min(options["beam"], score.shape[1]), dim=-1)
+        found.append((score, token, path_index.repeat_interleave(level.width, dim=1).int()))
+        if level.num_next == 0:
+            break
+        path_score, best = score.topk(level.num_next, dim=-1)
         path_index = best + offset
         offset += score.shape[1]
-        parent = paths.gather(1, (best // options["width"])[..., None].expand(-1, -1, paths.shape[2]))
+        parent = paths.gather(1, (best // level.width)[..., None].expand(-1, -1, paths.shape[2]))
         paths = torch.cat((parent, token.gather(1, best)[..., None]), dim=-1)
     return tuple(torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
