@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import requests_mix
 import torch
-import vllm
 from engine_runner import PLAIN_ENGINE, ROOT, generate, quick_engines, run_script, spec_counters
 from gemma4_pairs import KINDS, teach, write_assistant, write_target
 from requests_mix import ALL, BATCHES, CORE
@@ -178,10 +177,6 @@ def vllm_chain(target: str, assistant: str, batches: list, directory: Path) -> d
     return run_script(job, directory, path=ROOT, script=str(HERE / "mtp_reference.py"))
 
 
-@pytest.mark.skipif(
-    not vllm.__version__.startswith("0.32"),
-    reason="seen with 0.33: equal texts, but other drafts in the last step; not looked into yet",
-)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_chain_is_the_one_that_vllm_drafts(pairs, serve, tmp_path, kind):
     """Every drafted token of every step, with vLLM's own speculator and model on the same attention."""
@@ -200,8 +195,11 @@ def test_a_chain_is_the_one_that_vllm_drafts(pairs, serve, tmp_path, kind):
         speculator.drafter.logits = lambda hidden: with_gaps(logits(hidden), gaps)
         outputs = generate(llm, batches)
     assert outputs == expected["outputs"]
-    assert len(drafts) > 30
+    assert len(drafts) > 30 and None not in expected["drafts"][:-1]
     for step, (ours, theirs) in enumerate(zip(drafts, expected["drafts"], strict=True)):
+        if theirs is None:
+            # The step ended every request; from 0.33 on vLLM then asks its own drafters for nothing.
+            continue
         for row, (mine, other) in enumerate(zip(ours, theirs, strict=True)):
             level = next((i for i in range(4) if mine[i] != other[i]), None)
             # But for ties of two tokens.
