@@ -10,10 +10,12 @@ import pytest
 import requests_mix
 import torch
 from engine_runner import PLAIN_ENGINE, ROOT, generate, quick_engines, run_script, spec_counters
-from gemma4_pairs import KINDS, teach, write_assistant, write_target
+from gemma4_pairs import KINDS, teach, write_assistant, write_target, write_with_images
 from requests_mix import ALL, BATCHES, CORE
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, Gemma4AssistantForCausalLM
+from transformers.models import gemma4
+from transformers.utils import is_torchvision_available
 from vllm.engine.arg_utils import EngineArgs
 
 from vllm_kvspec import doctor
@@ -56,7 +58,7 @@ def serve(pairs, make_engine, spec):
 
     def start(kind: str, keys: dict, **engine):
         target, assistant = pairs[kind]
-        return make_engine(spec(**{"model": assistant} | keys), model=target, **engine)
+        return make_engine(spec(**{"model": assistant} | keys), **{"model": target} | engine)
 
     return start
 
@@ -164,6 +166,21 @@ def test_the_assistant_is_that_of_transformers(pairs, serve, kind):
                 # All the others have one score, below.
                 assert len(tokens[0, row].unique()) == len(scored)
                 assert (wanted.logits[0, 0] > wanted.logits.min()).sum() == len(scored)
+
+
+@pytest.mark.parametrize("kind", ["small", "dense"])
+def test_the_text_of_a_model_with_images(pairs, serve, check, tmp_path, monkeypatch, kind):
+    """``Gemma4ForConditionalGeneration`` without its images; the small ones could come with them."""
+    if not is_torchvision_available():
+        # vLLM's module of the model imports it, and what it needs; text needs neither.
+        monkeypatch.setitem(vars(gemma4), "Gemma4Processor", object)
+    model = write_with_images(kind, pairs[kind][0], tmp_path / "target")
+    if kind == "dense":
+        with pytest.raises(ValueError, match="both directions .without them: --language-model-only"):
+            configured(model, pairs[kind][1])
+    with serve(kind, {}, model=model, language_model_only=True) as llm:
+        check(llm, kind, CORE)
+        assert spec_counters(llm)["accepted_tokens"] > 0
 
 
 def speculator_of(llm):
