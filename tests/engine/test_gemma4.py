@@ -19,6 +19,7 @@ from transformers.utils import is_torchvision_available
 from vllm.engine.arg_utils import EngineArgs
 
 from vllm_kvspec import doctor
+from vllm_kvspec.engine.budget.scheduler import create_budget
 
 HERE = Path(__file__).parent
 # Of teaching an assistant a few answers.
@@ -121,6 +122,16 @@ def test_chunked_prefill_and_preemption(serve, check, kind):
         check(llm, kind, CORE)
         preemptions = sum(m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions")
     assert preemptions > 0
+
+
+def test_two_ranks(pairs, plain, spec, script, same):
+    """The scored clusters and the KV head are whole on both; what lies in halves gives the same drafts."""
+    target, assistant = pairs["small"]
+    engine = {"model": target, "speculative_config": spec(12, model=assistant), "kv_cache_memory_bytes": 32 << 20}
+    jobs = [{"engine": engine | {"tensor_parallel_size": n}, "batches": [BATCHES["sampled"]()]} for n in (1, 2)]
+    one, two = (script(job, multiprocessing=True) for job in jobs)
+    same(two["outputs"], [plain["small"]["sampled"]])
+    assert two["counters"] == one["counters"] and two["counters"]["accepted_tokens"] > 0
 
 
 @torch.no_grad()
@@ -279,6 +290,31 @@ def test_depth_is_asked_for(pairs, keys, nodes, depth):
 def test_depths_that_no_tree_has(pairs, keys, words):
     with pytest.raises(ValueError, match=words):
         configured(*pairs["dense"], **keys)
+
+
+def test_the_budget_counts_a_pass_for_every_level(pairs):
+    """Until steps are timed, by shapes; the clusters of the small kind's assistant are few of the vocabulary's rows."""
+    costs = {}
+    for kind in ("small", "dense"):
+        arguments = EngineArgs(*pairs[kind][:1], dtype="float32", speculative_config={"model": pairs[kind][1]})
+        config = arguments.create_engine_config()
+        assert config.speculative_config.node_sizes == [0, 2, 4, 8, 12]
+        costs[kind] = create_budget(config).costs
+        passes = [costs[kind].draft_seconds(1, 100, nodes) / costs[kind].draft_seconds(1, 100, 1) for nodes in (2, 8)]
+        assert passes == pytest.approx([2, 6])
+    assert costs["small"].head.weight_bytes < costs["dense"].head.weight_bytes / 2
+
+
+@pytest.mark.parametrize("nodes", [2, 5, 12])
+def test_fewer_nodes_are_fewer_passes(serve, nodes):
+    """Measured steps cost what the passes of their trees cost."""
+    with serve("dense", {}) as llm:
+        drafter = speculator_of(llm).drafter
+        assert len(drafter.plan(nodes)) == min(nodes, 6)
+        forward, passes = drafter.head.forward, []
+        drafter.head.forward = lambda *args: passes.append(1) or forward(*args)
+        speculator_of(llm).draft(1, False, nodes)
+    assert len(passes) == min(nodes, 6)
 
 
 def test_an_assistant_of_another_target(pairs, tmp_path):

@@ -219,6 +219,11 @@ class KVSpecConfig(SpeculativeConfig):
         asked = self.num_speculative_tokens if self.tree == "chain" else self.tree_depth
         return asked or DEFAULT_DEPTH
 
+    @property
+    def beam(self) -> int:
+        """Nodes of a level that are expanded."""
+        return 1 if self.tree == "chain" else TREE_BEAM
+
     def max_depth(self, head: KVSpecDraftConfig) -> int:
         """Levels of a tree of ``head`` at most."""
         return min(head.draft_block_size, self.tree_depth or head.draft_block_size)
