@@ -47,6 +47,7 @@ def measure(
     beam: int,
     width: int,
     seed: int,
+    tree_depth: int | None = None,
     dtype: str = "float32",
     name: str | None = None,
     texts_dir: Path | None = None,
@@ -56,18 +57,22 @@ def measure(
 ) -> dict:
     """Print the tables and return the numbers with the conditions they were measured under, as plain JSON.
 
-    ``draft_model``: a head or an assistant, which has no bottlenecks. None: what is drafted without a head, which has
-    none either and takes neither beam nor width.
-    ``texts_dir``: where the target's texts are kept for the next head, or None. ``name``: what ``compare`` calls the
-    head; heads of the same name are seeds of one recipe. ``output``: where the report is written after every run; the
-    runs that an interrupted measurement of the same left there are taken over. Raises ValueError when no text is long
-    enough for a block.
+    ``draft_model``: a head, or an assistant with trees of ``tree_depth`` levels, which has no bottlenecks. None: what
+    is drafted without a head, which has none either and takes neither beam nor width. ``texts_dir``: where the target's
+    texts are kept for the next head, or None. ``name``: what ``compare`` calls the head; heads of the same name are
+    seeds of one recipe. ``output``: where the report is written after every run; the runs that an interrupted
+    measurement of the same left there are taken over. Raises ValueError when no text is long enough for a block, and
+    for a ``tree_depth`` without an assistant.
     """
+    if tree_depth is not None and not (draft_model and is_assistant(draft_model)):
+        raise ValueError(
+            f"tree_depth is for an assistant's trees, got {tree_depth} with draft_model {draft_model}; leave it out."
+        )
     target, tokenizer = load_target(target_model, getattr(torch, dtype))
     fingerprint = target_fingerprint(target.config.get_text_config(), tokenizer)
     head, block, sizes = None, recycle.CHAIN, [n for n in num_nodes if n <= MAX_NODES]
     if draft_model is not None:
-        head = _load_head(draft_model, target, fingerprint)
+        head = _load_head(draft_model, target, fingerprint, tree_depth)
         block = head.config.draft_block_size
         sizes = fitting_sizes(num_nodes, block, beam, width)
     prompts = cut_prompts(load_texts(data_path), tokenizer, num_prompts, prompt_length, seed)
@@ -139,10 +144,10 @@ def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def _load_head(path: str, target: PreTrainedModel, fingerprint: dict) -> Head:
-    """Raises ValueError for one of another target."""
+def _load_head(path: str, target: PreTrainedModel, fingerprint: dict, depth: int | None) -> Head:
+    """A head, or an assistant for trees of ``depth`` levels. Raises ValueError for one of another target."""
     if is_assistant(path):
-        return AssistantHead.load(path, target)
+        return AssistantHead.load(path, target, depth)
     head = KVSpecDraftModel.from_pretrained(path, dtype=target.dtype).eval().to(target.device)
     check_fingerprint(head.config, fingerprint)
     return head

@@ -43,11 +43,11 @@ class AssistantHead(nn.Module):
         self.suppressed = getattr(model.generation_config, "suppress_tokens", None) or []
 
     @classmethod
-    def load(cls, path: str, target: PreTrainedModel) -> "AssistantHead":
+    def load(cls, path: str, target: PreTrainedModel, depth: int | None = None) -> "AssistantHead":
         """The assistant at ``path``, a directory or repository. Raises ValueError where it is another target's."""
         source_layers(AutoConfig.from_pretrained(path), target.config.get_text_config())
         model = Gemma4AssistantForCausalLM.from_pretrained(path, dtype=target.dtype).eval().to(target.device)
-        return cls(model, target)
+        return cls(model, target, depth or DEFAULT_DEPTH)
 
     def candidates(
         self,
