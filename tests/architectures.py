@@ -233,7 +233,6 @@ CASES = [
             hidden_size_per_layer_input=16,
             vocab_size_per_layer_input=512,
         ),
-        versions="0.32",
         kind="small",
     ),
     Case(
@@ -241,7 +240,6 @@ CASES = [
         "Gemma 4 12B and 31B (text)",
         "heads of two sizes and numbers, values equal to keys in full attention",
         GEMMA4 | dict(num_key_value_heads=2, attention_k_eq_v=True, num_global_key_value_heads=1),
-        versions="0.32",
         kind="dense",
     ),
     Case(
@@ -251,7 +249,6 @@ CASES = [
         GEMMA4
         | MOE
         | dict(attention_k_eq_v=True, num_global_key_value_heads=1, enable_moe_block=True, top_k_experts=2),
-        versions="0.32",
         kind="experts",
     ),
     Case(

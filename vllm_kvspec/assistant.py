@@ -10,6 +10,10 @@ from typing import Any
 from vllm_kvspec.rope import layer_heads, layer_types, owns_kv
 
 MODEL_TYPES = ("gemma4_assistant", "gemma4_unified_assistant")
+# Every level of a tree is a pass of the assistant. As many as one is asked for where nobody says otherwise.
+DEFAULT_DEPTH = 6
+# A head's config says its own; theirs do not. Measured on one small pair (docs/assistants.md).
+GREEDY_SCALE = 0.35
 
 
 def is_assistant(model: str) -> bool:

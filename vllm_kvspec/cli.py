@@ -140,6 +140,7 @@ def _eval(args: argparse.Namespace) -> None:
         num_nodes=args.num_nodes,
         beam=args.beam,
         width=args.width,
+        tree_depth=args.tree_depth,
         seed=args.seed,
         dtype=args.dtype,
         name=args.name,
@@ -156,7 +157,9 @@ def _eval(args: argparse.Namespace) -> None:
 def _add_eval(commands) -> None:
     parser = commands.add_parser("eval", help="measure a head's acceptance offline", epilog=EVAL_EXAMPLE)
     parser.add_argument("--target_model", required=True, help="target: directory or Hugging Face name")
-    parser.add_argument("--draft_model", help="directory of the head (default: none, as served without a model)")
+    parser.add_argument(
+        "--draft_model", help="directory of the head or the assistant (default: none, as served without a model)"
+    )
     parser.add_argument("--graft", action="store_true", help='the head as served with "graft": true')
     parser.add_argument("--data_path", nargs="+", required=True, help='jsonl files with "text", "messages" or "turns"')
     parser.add_argument("--num_prompts", type=int, default=64)
@@ -172,6 +175,7 @@ def _add_eval(commands) -> None:
     parser.add_argument("--num_nodes", type=int, nargs="*", default=[8, 16, 32, 63], help="tree sizes; none: chains")
     parser.add_argument("--beam", type=int, default=8, help="nodes expanded per level")
     parser.add_argument("--width", type=int, default=4, help="children per node")
+    parser.add_argument("--tree_depth", type=int, help="levels of an assistant's trees (default: 6)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     parser.add_argument("--name", help="what compare calls the head (default: what kind it is); seeds share a name")
     parser.add_argument("--no_bottlenecks", dest="with_bottlenecks", action="store_false", help="acceptance only")

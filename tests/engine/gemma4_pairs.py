@@ -8,7 +8,14 @@ import torch
 from architectures import CASES
 from engine_runner import TARGET
 from torch.nn.functional import cross_entropy
-from transformers import AutoConfig, AutoModelForCausalLM, Gemma4AssistantConfig, Gemma4AssistantForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Gemma4AssistantConfig,
+    Gemma4AssistantForCausalLM,
+    Gemma4Config,
+    Gemma4ForConditionalGeneration,
+)
 
 KINDS = {case.kind: case for case in CASES if case.model_type == "gemma4_text"}
 MAX_POSITION = 512
@@ -28,9 +35,28 @@ def write_target(kind: str, directory: Path, **fields) -> str:
         shape |= dict(vocab_size_per_layer_input=vocab_size, num_kv_shared_layers=3)
     config = AutoConfig.for_model("gemma4_text", **KINDS[kind].config | shape | fields)
     save(AutoModelForCausalLM.from_config(config), directory)
+    return _with_tokenizer(directory)
+
+
+def _with_tokenizer(directory: Path) -> str:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(Path(TARGET) / name, directory)
     return str(directory)
+
+
+def write_with_images(kind: str, target: str, directory: Path) -> str:
+    """A target as the text model of one that takes images; those of the larger kinds see each other both ways."""
+    text = AutoModelForCausalLM.from_pretrained(target)
+    both_ways = {} if kind == "small" else {"use_bidirectional_attention": "vision"}
+    vision = dict(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
+        head_dim=16, position_embedding_size=64,
+    )  # fmt: skip
+    config = Gemma4Config(text_config=text.config.to_dict() | both_ways, vision_config=vision, audio_config=None)
+    model = Gemma4ForConditionalGeneration(config)
+    model.model.language_model.load_state_dict(text.model.state_dict())
+    model.save_pretrained(directory)
+    return _with_tokenizer(directory)
 
 
 def write_assistant(target: str, directory: Path, *, ordered: bool = False, **fields) -> str:

@@ -5,7 +5,8 @@
     python tests/engine/mtp_reference.py job.json out.json
 
 A job is ``{"engine": {LLM arguments}, "batches": [...]}``; the result ``{"outputs", "drafts", "counters"}``, with the
-tokens that were drafted after every step. The target and the assistant run vLLM's code on our attention for the CPU;
+tokens that were drafted after every step, None where none were asked for: from 0.33 on after a step that ends every
+request in it. The target and the assistant run vLLM's code on our attention for the CPU;
 the kernels that prepare drafts and verify them are vLLM's, interpreted.
 """
 
@@ -35,7 +36,7 @@ from vllm_kvspec.engine.verify.attention_registry import cpu_backend
 from vllm_kvspec.engine.verify.tree_state import TreeState
 
 INTERPRETED = ("spec_decode.target_dependent_ar.speculator", "spec_decode.rejection_sampler_utils")
-DRAFTS: list[list[list[int]]] = []
+DRAFTS: list[list[list[int]] | None] = []
 
 
 def interpret_kernels() -> None:
@@ -59,7 +60,7 @@ def recorded(propose):
     def call(self, *args, dummy_run: bool = False, **kwargs):
         tokens = propose(self, *args, dummy_run=dummy_run, **kwargs)
         if not dummy_run:
-            DRAFTS.append(tokens.tolist())
+            DRAFTS.append(tokens.tolist() if kwargs["num_speculative_tokens"] else None)
         return tokens
 
     return call

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from engine_runner import HEAD
+from gemma4_pairs import write_assistant, write_target
 
 from vllm_kvspec.engine.batch_sizes import FREE_ROWS, PADDING, PADDING_BEYOND, graph_batches
 
@@ -34,20 +35,26 @@ ENGINES = {
     "no graphs": {"enforce_eager": True, **kvspec(16)},
     "no head": kvspec(16, model=None),
 }
+# An assistant on its target, whose heads are of two sizes.
+ASSISTANT = "assistant"
 AUTO = [name for name in ENGINES if name not in ("fixed", "own schedule", "no graphs") and not name.startswith("plain")]
+AUTO.append(ASSISTANT)
 
 
 @pytest.fixture(scope="module")
-def reports() -> dict[str, dict]:
+def reports(tmp_path_factory) -> dict[str, dict]:
+    target = write_target("small", tmp_path_factory.mktemp("gemma4") / "target")
+    assistant = write_assistant(target, Path(target).with_name("assistant"), ordered=True)
+    engines = ENGINES | {ASSISTANT: {"model": target, **kvspec(16, model=assistant)}}
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), json.dumps(list(ENGINES.values()))],
+        [sys.executable, str(SCRIPT), json.dumps(list(engines.values()))],
         env={**os.environ, "TRITON_INTERPRET": "0"},
         capture_output=True,
         text=True,
         timeout=600,
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    return dict(zip(ENGINES, json.loads(done.stdout.splitlines()[-1]), strict=True))
+    return dict(zip(engines, json.loads(done.stdout.splitlines()[-1]), strict=True))
 
 
 def rows_captured(report: dict) -> Counter:
@@ -63,6 +70,12 @@ def allowed(batch: int, rows: int) -> float:
 def test_the_backend_is_our_tree_attention_over_the_gpus_own(reports):
     assert reports["default"]["stock_attention"] == "FLASH_ATTN"
     assert reports["default"]["mode"] == reports["plain"]["mode"] == "FULL_AND_PIECEWISE"
+
+
+def test_an_assistants_target_keeps_the_backend_that_vllm_gives_it(reports):
+    report = reports[ASSISTANT]
+    assert (report["stock_attention"], report["mode"]) == ("TRITON_ATTN", "FULL_AND_PIECEWISE")
+    assert {nodes for _, nodes in report["drafter"]} == {16, 8, 4, 2}
 
 
 @pytest.mark.parametrize("name", AUTO)

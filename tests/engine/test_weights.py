@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from engine_runner import TARGET, generate, spec_counters
+from gemma4_pairs import write_assistant, write_target
 from heads import write_head
 from requests_mix import BATCHES
 from safetensors.torch import load_file
@@ -107,6 +108,28 @@ def test_sleep_at_level_2(make_engine, spec, same, reference, reduced_head, load
             llm.collective_rpc(lambda worker: sleep_and_wake(worker, loaded))
     assert len(loaded) > 20
     assert accepted[0] == accepted[1] > 0
+
+
+@pytest.mark.usefixtures("unpacked")
+def test_an_assistant_sleeps_at_level_2(make_engine, spec, loaded, tmp_path):
+    """Same text and same drafts, also of the buffers that its checkpoint brings."""
+    target = write_target("small", tmp_path / "target")
+    keys = {"model": write_assistant(target, tmp_path / "assistant", ordered=True), "tree": [3, 2, 1]}
+    with make_engine(spec(15, **keys), model=target, enable_prefix_caching=False) as llm:
+        drafter = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner.speculator
+        propose, drafts = drafter.propose, []
+        drafter.propose = lambda *args, **kwargs: record(propose(*args, **kwargs), drafts)
+        found = []
+        for _ in range(2):
+            found.append((generate(llm, [BATCHES["greedy"]()]), drafts.copy()))
+            drafts.clear()
+            llm.collective_rpc(lambda worker: sleep_and_wake(worker, loaded))
+    assert len(found[0][1]) > 20 and found[0] == found[1]
+
+
+def record(drafted: torch.Tensor, drafts: list) -> torch.Tensor:
+    drafts.append(drafted.tolist())
+    return drafted
 
 
 def reload(worker) -> None:

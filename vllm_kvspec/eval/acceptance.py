@@ -20,8 +20,7 @@ from transformers import PreTrainedModel
 from vllm_kvspec.eval.statistics import Acceptance, summarise
 from vllm_kvspec.eval.texts import Text, repeated_share
 from vllm_kvspec.kernels.reference import gumbel_noise, tree_build
-from vllm_kvspec.models.draft_head import KVSpecDraftModel
-from vllm_kvspec.models.drafting import draft_candidates, draft_logits
+from vllm_kvspec.models.drafting import Head, draft_candidates, draft_logits
 from vllm_kvspec.models.target import TargetView, head_logits, view_target
 from vllm_kvspec.tree import MAX_NODES, num_candidates, ranking_scale
 
@@ -74,7 +73,7 @@ def noise_windows(seed: int, temperature: float, base: torch.Tensor, block: int,
 
 @torch.no_grad()
 def text_acceptance(
-    head: KVSpecDraftModel,
+    head: Head,
     target: PreTrainedModel,
     text: Text,
     num_nodes: list[int],
@@ -113,9 +112,7 @@ def text_acceptance(
 
 
 @torch.no_grad()
-def rejection_survival(
-    head: KVSpecDraftModel, target: PreTrainedModel, text: Text, *, temperature: float
-) -> torch.Tensor:
+def rejection_survival(head: Head, target: PreTrainedModel, text: Text, *, temperature: float) -> torch.Tensor:
     """Survival [P, G] fp64 of chains under classic rejection sampling, given the text; see the module docstring."""
     config, device = head.config, target.device
     ids = torch.tensor([text.input_ids], device=device)
@@ -140,7 +137,7 @@ def next_token_log_probs(
     return logits.log_softmax(dim=-1).gather(1, ids[0, 1:, None])[:, 0]
 
 
-def _batches(text: Text, head: KVSpecDraftModel, device: torch.device) -> list[torch.Tensor]:
+def _batches(text: Text, head: Head, device: torch.device) -> list[torch.Tensor]:
     """The text's anchors in batches of neighbours, smaller where every path of a tree has rows of its own."""
     block = head.config.draft_block_size
     base = anchor_positions(text, block).to(device)
@@ -150,7 +147,7 @@ def _batches(text: Text, head: KVSpecDraftModel, device: torch.device) -> list[t
 
 
 def text_survival(
-    head: KVSpecDraftModel, target: PreTrainedModel, text: Text, num_nodes: list[int], *, mode: str, **options
+    head: Head, target: PreTrainedModel, text: Text, num_nodes: list[int], *, mode: str, **options
 ) -> dict[str, torch.Tensor]:
     """Survival [P, G] fp64 at every anchor of one text per kind of tree (only "chain" for mode "rejection").
 
@@ -164,7 +161,7 @@ def text_survival(
 
 
 def evaluate(
-    head: KVSpecDraftModel,
+    head: Head,
     target: PreTrainedModel,
     texts: list[Text],
     num_nodes: list[int],

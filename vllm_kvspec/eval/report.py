@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
+from transformers import PreTrainedModel
 
 from vllm_kvspec.assistant import is_assistant
 from vllm_kvspec.config import NOT_COMPARED, KVSpecDraftConfig, check_fingerprint, target_fingerprint
@@ -19,7 +20,9 @@ from vllm_kvspec.eval.bottlenecks import bottlenecks
 from vllm_kvspec.eval.plots import Curve, plot_acceptance, plot_tau
 from vllm_kvspec.eval.report_file import ReportFile
 from vllm_kvspec.eval.texts import Text, cached_texts, digest, repeated_share
+from vllm_kvspec.models.assistant_head import AssistantHead
 from vllm_kvspec.models.draft_head import KVSpecDraftModel
+from vllm_kvspec.models.drafting import Head
 from vllm_kvspec.models.target import weights_sha256
 from vllm_kvspec.train.data import cut_prompts, load_texts
 from vllm_kvspec.train.record import versions
@@ -44,6 +47,7 @@ def measure(
     beam: int,
     width: int,
     seed: int,
+    tree_depth: int | None = None,
     dtype: str = "float32",
     name: str | None = None,
     texts_dir: Path | None = None,
@@ -54,26 +58,28 @@ def measure(
 ) -> dict:
     """Print the tables and return the numbers with the conditions they were measured under, as plain JSON.
 
-    ``draft_model`` None: what is drafted without a head, which has no bottlenecks and takes neither beam nor width.
-    ``graft``: the head with what is drafted without one, as served with ``"graft": true``; without the bottlenecks.
-    ``texts_dir``: where the target's texts are kept for the next head, or None. ``name``: what ``compare`` calls the
-    head; heads of the same name are seeds of one recipe. ``output``: where the report is written after every run; the
-    runs that an interrupted measurement of the same left there are taken over. Raises ValueError when no text is long
-    enough for a block.
+    ``draft_model``: a head, or an assistant with trees of ``tree_depth`` levels, which has no bottlenecks. None: what
+    is drafted without a head, which has none either and takes neither beam nor width. ``graft``: the head with what is
+    drafted without one, as served with ``"graft": true``; without the bottlenecks. ``texts_dir``: where the target's
+    texts are kept for the next head, or None. ``name``: what ``compare`` calls the head; heads of the same name are
+    seeds of one recipe. ``output``: where the report is written after every run; the runs that an interrupted
+    measurement of the same left there are taken over. Raises ValueError when no text is long enough for a block, for a
+    ``tree_depth`` without an assistant, and for ``graft`` without a head of ours.
     """
-    if draft_model is not None and is_assistant(draft_model):
+    if tree_depth is not None and not (draft_model and is_assistant(draft_model)):
         raise ValueError(
-            f"vllm-kvspec eval measures heads that it can run without a server; {draft_model} is an assistant. Serve "
-            "it, and read tau from vLLM's counters (README, Metrics)."
+            f"tree_depth is for an assistant's trees, got {tree_depth} with draft_model {draft_model}; leave it out."
         )
-    if graft and draft_model is None:
-        raise ValueError("Grafts need a head, found --graft without --draft_model; give one, or leave --graft out.")
+    if graft and (draft_model is None or is_assistant(draft_model)):
+        raise ValueError(
+            f"Grafts are measured on heads of ours, found --graft with draft_model {draft_model}; leave it out, or "
+            "serve the two and read vLLM's counters."
+        )
     target, tokenizer = load_target(target_model, getattr(torch, dtype))
     fingerprint = target_fingerprint(target.config.get_text_config(), tokenizer)
     head, block, sizes = None, recycle.CHAIN, [n for n in num_nodes if n <= MAX_NODES]
     if draft_model is not None:
-        head = KVSpecDraftModel.from_pretrained(draft_model, dtype=target.dtype).eval().to(target.device)
-        check_fingerprint(head.config, fingerprint)
+        head = _load_head(draft_model, target, fingerprint, tree_depth)
         block = head.config.draft_block_size
         sizes = fitting_sizes(num_nodes, block, beam, width)
     prompts = cut_prompts(load_texts(data_path), tokenizer, num_prompts, prompt_length, seed)
@@ -122,7 +128,7 @@ def measure(
             if mode == REJECTION and (graft or head is None):
                 continue
             print_run(file.run(temperature, mode, run))
-    if with_bottlenecks and head and not graft:
+    if with_bottlenecks and isinstance(head, KVSpecDraftModel) and not graft:
         first = temperatures[0]
         print_bottlenecks(
             file.bottlenecks(lambda: _rounded(bottlenecks(head, target, texts_at(first)[0][:BOTTLENECK_TEXTS], first)))
@@ -146,13 +152,24 @@ def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def _describe_head(head: KVSpecDraftModel, path: str, name: str | None, graft: bool) -> dict:
+def _load_head(path: str, target: PreTrainedModel, fingerprint: dict, depth: int | None) -> Head:
+    """A head, or an assistant for trees of ``depth`` levels. Raises ValueError for one of another target."""
+    if is_assistant(path):
+        return AssistantHead.load(path, target, depth)
+    head = KVSpecDraftModel.from_pretrained(path, dtype=target.dtype).eval().to(target.device)
+    check_fingerprint(head.config, fingerprint)
+    return head
+
+
+def _describe_head(head: Head, path: str, name: str | None, graft: bool) -> dict:
     record = Path(path) / "training.json"
     training = json.loads(record.read_text()) if record.is_file() else {}
-    config = head.config.to_dict()
+    is_ours = isinstance(head, KVSpecDraftModel)
+    config = head.config.to_dict() if is_ours else vars(head.config)
+    kind = paradigm(head.config) if is_ours else f"assistant, {head.config.num_hidden_layers} layers"
     return {
         "path": path,
-        "name": name or paradigm(head.config) + (", graft" if graft else ""),
+        "name": name or kind + (", graft" if graft else ""),
         "weights_sha256": weights_sha256(head),
         "parameters": sum(parameter.numel() for parameter in head.parameters()),
         "steps": training.get("steps"),

@@ -4,9 +4,12 @@
 import torch
 from transformers import PreTrainedModel
 
+from vllm_kvspec.models.assistant_head import AssistantHead
 from vllm_kvspec.models.draft_head import KVSpecDraftModel, Previous
 from vllm_kvspec.models.target import TargetView, head_logits, row_logits, uncapped_logits
 from vllm_kvspec.tree import expand_tree, plan_levels
+
+Head = KVSpecDraftModel | AssistantHead
 
 
 def _whole_vocabulary(head: KVSpecDraftModel, logits: torch.Tensor) -> torch.Tensor:
@@ -18,7 +21,7 @@ def _whole_vocabulary(head: KVSpecDraftModel, logits: torch.Tensor) -> torch.Ten
 
 
 def draft_logits(
-    head: KVSpecDraftModel,
+    head: Head,
     target: PreTrainedModel,
     view: TargetView,
     input_ids: torch.Tensor,
@@ -30,6 +33,8 @@ def draft_logits(
     ``input_ids`` [1, S]: the sequence of ``view``; ``base`` int64 [A]. R is the block size, or less with
     autoregressive drafting. The path's first token is the anchor. -inf outside a reduced draft vocabulary.
     """
+    if isinstance(head, AssistantHead):
+        return head.logits(view, base, tokens)
     embed = target.get_input_embeddings()
     rows = tokens if head.config.drafting == "autoregressive" else tokens[:, :1]
     hidden = head(view, base[None], embed(rows)[None])[0]
@@ -37,7 +42,7 @@ def draft_logits(
 
 
 def draft_candidates(
-    head: KVSpecDraftModel,
+    head: Head,
     target: PreTrainedModel,
     view: TargetView,
     input_ids: torch.Tensor,
@@ -55,9 +60,11 @@ def draft_candidates(
     ``input_ids`` [1, S]: the sequence of ``view``; ``base`` int64 [A]. The other arguments are those of
     ``tree.expand_tree`` for A requests. Autoregressive heads run once per level over the beam's paths.
     """
-    anchor = input_ids[0, base]
     options = {"noise": noise, "scale": scale, "chain": chain}
     options |= {"beam": beam, "width": width, "num_nodes": num_nodes}
+    if isinstance(head, AssistantHead):
+        return head.candidates(view, input_ids, base, **options)
+    anchor = input_ids[0, base]
     if head.config.drafting == "autoregressive":
         return _expand_paths(head, target, view, base, anchor, options)
     hidden = head(view, base[None], target.get_input_embeddings()(anchor)[None, :, None])[0]

@@ -20,6 +20,7 @@ from math import exp
 from pathlib import Path
 from typing import Any, Protocol
 
+from vllm_kvspec.rope import layer_heads
 from vllm_kvspec.tree import MAX_NODES
 
 # tau by number of nodes, for a head whose checkpoint has no "acceptance_profile". After some steps only its shape
@@ -76,20 +77,31 @@ class Pass:
 
 
 def decoder_pass(config: Any, element_bytes: int = 2, shards: int = 1) -> Pass:
-    """The pass of a dense decoder with a gated MLP and an LM head, from a Hugging Face text config (a head's config
-    works as well: each of its layers reads the KV of one target layer). ``shards``: tensor parallel size."""
-    heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    query, key_value = heads * head_dim, 2 * (getattr(config, "num_key_value_heads", None) or heads) * head_dim
-    vocabulary = getattr(config, "draft_vocab_size", None) or config.vocab_size
-    layer = config.hidden_size * (2 * query + key_value + 3 * config.intermediate_size)
-    parameters = config.num_hidden_layers * layer + vocabulary * config.hidden_size
+    """The pass of a dense decoder with a gated MLP and an LM head, from a Hugging Face text config (the config of a
+    head or an assistant works as well: each of its layers reads the KV of one target layer). ``shards``: tensor
+    parallel size."""
+    text = getattr(config, "text_config", None) or config
+    sizes = [layer_heads(text, layer) for layer in range(text.num_hidden_layers)]
+    query = text.num_attention_heads * sum(head_dim for _, head_dim in sizes)
+    key_value = sum(2 * kv_heads * head_dim for kv_heads, head_dim in sizes)
+    mlps = 3 * text.num_hidden_layers * text.intermediate_size
+    # An assistant's: tokens' embeddings and states come in, states go out.
+    projections = 3 * getattr(config, "backbone_hidden_size", 0)
+    parameters = text.hidden_size * (2 * query + key_value + mlps + projections + _scored_rows(config, text))
     return Pass(
         weight_bytes=parameters * element_bytes / shards,
         row_flops=2 * parameters / shards,
-        context_bytes=config.num_hidden_layers * key_value * element_bytes / shards,
-        row_context_flops=4 * query * config.num_hidden_layers / shards,
+        context_bytes=key_value * element_bytes / shards,
+        row_context_flops=4 * query / shards,
     )
+
+
+def _scored_rows(config: Any, text: Any) -> int:
+    """Rows of the LM head that a pass multiplies by."""
+    if getattr(config, "use_ordered_embeddings", False):
+        clusters = config.num_centroids
+        return clusters + config.centroid_intermediate_top_k * (text.vocab_size // clusters)
+    return getattr(config, "draft_vocab_size", None) or text.vocab_size
 
 
 # What drafting costs without a head: next to nothing.
@@ -104,17 +116,21 @@ class Roofline:
     head: Pass
     block: int
     device: Device = Device()
+    beam: int = 0
+    """0: one pass scores the ``block`` positions. Else every level is a pass of this many rows."""
 
     def verify_seconds(self, batch: int, context: float, nodes: int) -> float:
         """The target's forward of ``nodes`` + 1 rows per request; ``nodes`` = 0 is a plain decode step."""
         return self.target.seconds(self.device, batch, context, nodes + 1)
 
-    def draft_seconds(self, batch: int, context: float) -> float:
-        """One pass of the head: ``block`` rows per request over the target's KV."""
+    def draft_seconds(self, batch: int, context: float, nodes: int = MAX_NODES) -> float:
+        """The head's passes over the target's KV; a tree of ``nodes`` nodes has at most as many levels."""
+        if self.beam:
+            return min(self.block, nodes) * self.head.seconds(self.device, batch, context, self.beam)
         return self.head.seconds(self.device, batch, context, self.block)
 
     def step_seconds(self, batch: int, context: float, nodes: int) -> float:
-        draft = self.draft_seconds(batch, context) if nodes else 0.0
+        draft = self.draft_seconds(batch, context, nodes) if nodes else 0.0
         return self.verify_seconds(batch, context, nodes) + draft
 
 

@@ -51,7 +51,13 @@ def create_budget(vllm_config) -> NodeBudget:
         if head is None:
             costs = Roofline(target, NO_PASS, 0)
         else:
-            costs = Roofline(target, decoder_pass(head, element_bytes, shards), head.draft_block_size)
+            by_level = config.has_assistant or head.drafting == "autoregressive"
+            costs = Roofline(
+                target,
+                decoder_pass(head, element_bytes, shards),
+                config.max_depth(head),
+                beam=config.beam if by_level else 0,
+            )
     acceptance = Acceptance(acceptance_profile(head))
     return NodeBudget(costs, acceptance, config.node_sizes, max_step_rows(vllm_config))
 

@@ -6,11 +6,9 @@ from typing import Any
 
 from vllm.config import SpeculativeConfig
 
-from vllm_kvspec.config import KVSpecDraftConfig
+from vllm_kvspec.assistant import GREEDY_SCALE
 
 ARCHITECTURE = "KVSpecGemma4Assistant"
-# Every level of a tree is a pass of the assistant. As many as one is asked for where nobody says otherwise.
-DEFAULT_DEPTH = 6
 
 
 def as_head(layers: list[int], vocab_size: int, depth: int) -> partial:
@@ -24,8 +22,7 @@ def as_head(layers: list[int], vocab_size: int, depth: int) -> partial:
         "target_kv_layer_ids": layers,
         "draft_block_size": depth,
         "draft_vocab_size": vocab_size,
-        # A head says its own; an assistant gets the default.
-        "greedy_scale": KVSpecDraftConfig.greedy_scale,
+        "greedy_scale": GREEDY_SCALE,
     }
     return partial(_with_keys, keys=keys)
 

@@ -10,7 +10,7 @@ from vllm.config.utils import config
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
-from vllm_kvspec.assistant import source_layers
+from vllm_kvspec.assistant import DEFAULT_DEPTH, source_layers
 from vllm_kvspec.config import KVSpecDraftConfig
 from vllm_kvspec.engine.config import assistant
 from vllm_kvspec.engine.config.refusals import check_head_fits, check_servable, load_head_config
@@ -217,7 +217,12 @@ class KVSpecConfig(SpeculativeConfig):
         if self.parents:
             return max(depths(self.parents))
         asked = self.num_speculative_tokens if self.tree == "chain" else self.tree_depth
-        return asked or assistant.DEFAULT_DEPTH
+        return asked or DEFAULT_DEPTH
+
+    @property
+    def beam(self) -> int:
+        """Nodes of a level that are expanded."""
+        return 1 if self.tree == "chain" else TREE_BEAM
 
     def max_depth(self, head: KVSpecDraftConfig) -> int:
         """Levels of a tree of ``head`` at most."""

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.functional import pad
 
 from vllm_kvspec.engine import ops
-from vllm_kvspec.engine.config.keys import TREE_BEAM, KVSpecConfig
+from vllm_kvspec.engine.config.keys import KVSpecConfig
 from vllm_kvspec.engine.draft.head import KVSpecDraftModel
 from vllm_kvspec.engine.draft.logits import DraftLogits, language_model
 from vllm_kvspec.engine.draft.recycle import RecycleDrafter
@@ -49,7 +49,7 @@ class Drafter:
         self.parents = config.parents
         device = head.norm.weight.device
         # A chain is the tree of one child per node.
-        self.beam, self.width = (1, 1) if config.tree == "chain" else (TREE_BEAM, config.tree_width)
+        self.beam, self.width = config.beam, 1 if config.tree == "chain" else config.tree_width
         self.max_depth = config.max_depth(head.config)
         self.levels = self.plan(self.num_nodes)
         if self.parents:
