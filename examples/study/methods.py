@@ -82,7 +82,14 @@ def compare_redrafts(head, target, texts: list[Text], temperature: float, nodes:
     def add(size: int, what: str, runs: list[redraft.Run]) -> None:
         (tau, tau_se), (per_pass, per_pass_se) = (redraft.ratio_and_error(runs, x) for x in ("forwards", "passes"))
         rows.append(
-            {"nodes": size, "what": what, "tau": tau, "tau_se": tau_se, "per_pass": per_pass, "per_pass_se": per_pass_se}
+            {
+                "nodes": size,
+                "what": what,
+                "tau": tau,
+                "tau_se": tau_se,
+                "per_pass": per_pass,
+                "per_pass_se": per_pass_se,
+            }
         )
 
     for size in nodes:
@@ -90,6 +97,7 @@ def compare_redrafts(head, target, texts: list[Text], temperature: float, nodes:
         for least in range(1, block + 1):
             name = "fresh" if least == block else f"instead, {least} rows or more"
             add(size, name, [redraft.run_instead(table[size], least) for table in tables])
+        add(size, "overlapped", [redraft.run_overlapped(table[size]) for table in tables])
         beside = [redraft.run_beside(table[most], table[few], table[size]) for table in tables]
         add(size, f"beside: {most} fresh, {few} again", beside)
         add(size, f"fresh, {more} nodes", [redraft.run_instead(table[more], block) for table in tables])
@@ -124,7 +132,9 @@ def main() -> None:
     parser.add_argument("--prompt_length", type=int, default=64)
     parser.add_argument("--max_new_tokens", type=int, default=160)
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.4, 0.7, 1.0])
-    parser.add_argument("--num_drafts", type=int, nargs="+", default=[2, 3, 4, 8], help="paths of the multi-draft rules")
+    parser.add_argument(
+        "--num_drafts", type=int, nargs="+", default=[2, 3, 4, 8], help="paths of the multi-draft rules"
+    )
     parser.add_argument("--num_nodes", type=int, nargs="+", default=[8, 16, 32], help="rows that are verified")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--parts", nargs="+", choices=["rules", "redraft"], default=["rules", "redraft"])
@@ -144,7 +154,9 @@ def main() -> None:
         texts = [text for text in texts if len(text.input_ids) - text.prompt_length > head.config.draft_block_size]
         if "rules" in args.parts and temperature > 0:
             found = compare_rules(head, target, texts, temperature, args.num_drafts, args.num_nodes)
-            show(f"T={temperature:g}: accepted tokens per verification, {found['anchors']} anchors", found["equal_rows"])
+            show(
+                f"T={temperature:g}: accepted tokens per verification, {found['anchors']} anchors", found["equal_rows"]
+            )
             for part in ("first_token", "whole_blocks"):
                 show(f"T={temperature:g}: {part}", [{"rule": name, **row} for name, row in found[part].items()])
             report["rules"].append(rounded(found))

@@ -131,8 +131,7 @@ def test_noise_that_head_and_target_share_spoils_ratios_but_not_the_walk():
     independent, walk = shares(written(fresh)), shares((p.log() + noise).argmax(-1))
     assert (independent - p).abs().max() < 0.005
     assert (walk - p).abs().max() < 0.005
-    print(shares(written(noise)))
-    assert (shares(written(noise)) - p).abs().max() > 0.02
+    assert (shares(written(noise)) - p).abs().max() > 0.03
 
 
 @pytest.mark.slow

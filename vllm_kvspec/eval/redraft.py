@@ -102,6 +102,22 @@ def run_beside(fresh: torch.Tensor, again: torch.Tensor, alone: torch.Tensor) ->
     return run
 
 
+def run_overlapped(accepted: torch.Tensor) -> Run:
+    """Every draft comes from the block made one step before, as if the pass ran beside the target's forward.
+
+    Such a pass cannot know what the forward accepts (PEARL's overlap, arXiv 2408.11850). Where no rows are left of that
+    block, the step waits for a fresh one. ``accepted`` as in ``run_instead``.
+    """
+    rows, anchors = accepted.shape
+    table, run, here, row = accepted.tolist(), Run(), 0, 0
+    while here < anchors:
+        emitted = table[row][here - row] + 1
+        run = Run(run.forwards + 1, run.passes + 1, run.tokens + emitted)
+        here += emitted
+        row = emitted if emitted < rows else 0
+    return run
+
+
 def ratio_and_error(runs: list[Run], over: str = "forwards") -> tuple[float, float]:
     """Tokens per forward, or per pass, of all ``runs``, and the standard error with texts as the units."""
     tokens = torch.tensor([run.tokens for run in runs], dtype=torch.float64)

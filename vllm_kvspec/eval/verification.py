@@ -88,8 +88,7 @@ def accepted_share(odds: PathOdds, factor: torch.Tensor) -> torch.Tensor:
     """Sum over the tokens of min(q, p / factor), [A, G]: how often K-SEQ accepts any one draft; ``factor`` [A, G]."""
     split = torch.searchsorted(odds.log_ratio, factor.log().unsqueeze(-1)) - 1
     low_p, low_q = (
-        torch.where(split >= 0, x.gather(-1, split.clamp(min=0)), 0.0).squeeze(-1)
-        for x in (odds.below_p, odds.below_q)
+        torch.where(split >= 0, x.gather(-1, split.clamp(min=0)), 0.0).squeeze(-1) for x in (odds.below_p, odds.below_q)
     )
     return (odds.below_q[..., -1] - low_q) + low_p / factor
 
