@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Verification rules: exact over a vocabulary that can be enumerated, and what they accept as computed along texts."""
 
+import importlib.util
 import itertools
+import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +17,8 @@ from vllm_kvspec.eval.acceptance import rejection_survival
 from vllm_kvspec.eval.texts import Text
 from vllm_kvspec.models.draft_head import KVSpecDraftModel
 
-TINY = Path(__file__).parents[2] / "examples" / "tiny"
+EXAMPLES = Path(__file__).parents[2] / "examples"
+TINY = EXAMPLES / "tiny"
 VOCAB, DEPTH = 3, 2
 CASES = {
     "token": (rules.token_rule, 1),
@@ -146,3 +150,24 @@ def test_along_a_text_of_the_tiny_pair():
         assert (found[f"{kind} 4"] <= found["bound 4"] + 1e-9).all(), kind
     assert found["multi-path block 4"].sum() > found["multi-path block 2"].sum() > found["block"].sum()
     assert found["block"].sum() >= found["token"].sum()
+
+
+@pytest.mark.slow
+def test_the_study_runs_on_the_tiny_pair(tmp_path, monkeypatch):
+    spec = importlib.util.spec_from_file_location("kvspec_methods", EXAMPLES / "study" / "methods.py")
+    methods = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(methods)
+    words = f"""--target_model {TINY}/target --draft_model {TINY}/draft --data_path {EXAMPLES}/prompts.jsonl
+        --num_prompts 2 --max_new_tokens 16 --temperatures 0.7 --num_drafts 2 --num_nodes 8 --seed 0
+        --output {tmp_path}/methods.json"""
+    monkeypatch.setattr(sys, "argv", ["methods.py", *words.split()])
+    methods.main()
+    report = json.loads((tmp_path / "methods.json").read_text())
+    rules = {row["rule"]: row for row in report["rules"][0]["equal_rows"]}
+    assert set(rules) == {*verification.SINGLE, *verification.MULTI, *verification.WALKS}
+    assert (rules["k-seq"]["drafts"], rules["k-seq"]["depth"], rules["token"]["depth"]) == (2, 4, 8)
+    walk = rules["walk, coupled"]["accepted"]
+    assert all(row["coupled_more"] == pytest.approx(walk - row["accepted"], abs=2e-4) for row in rules.values())
+    again = {row["what"]: row for row in report["redraft"][0]["rows"]}
+    assert again["fresh"]["tau"] == again["fresh"]["per_pass"] > 1
+    assert again["instead, 1 rows or more"]["per_pass"] > again["fresh"]["per_pass"]
