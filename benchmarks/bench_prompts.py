@@ -25,11 +25,14 @@ from bench_engine import run
 # On a CPU "native" is what vLLM serves with there, Model Runner V1 ("ngram" as well); "none" is Model Runner V2, on
 # which kvspec runs.
 V1_ON_CPU = ("native", "ngram")
-METHODS = ("native", "none", "ngram", "recycle", "chain", "8", "16", "32", "auto")
+METHODS = ("native", "none", "ngram", "recycle", "recycle-auto", "chain", "8", "16", "32", "uncoupled", "graft", "auto")
 METHOD = (
+    "ngram: vLLM's, 5 tokens. recycle: kvspec without a head, 16 nodes, one table for all prompts. chain, 8, 16, 32: "
+    "the head. uncoupled: 16 nodes without the target's noise. graft: 16 nodes of head and recycle. auto: what a "
+    "server does by default, at most 16 nodes.\n\n"
     "tau: tokens per engine step of a request that is alone, after its prompt's; mean over prompts and its standard "
-    "error. identical: texts equal to those without speculation (a difference can be a near-tie of logits "
-    "that two batch shapes round differently). tokens/s: over the whole run, prompts and prefill included."
+    "error. identical: texts equal to those without speculation (a difference can be a near-tie of logits that two "
+    "batch shapes round differently). tokens/s: prompts and prefill included; the categories one after another."
 )
 
 
@@ -74,14 +77,17 @@ def speculative_config(method: str, head: str) -> dict[str, Any] | None:
         return None
     if method == "ngram":
         return {"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_min": 2, "prompt_lookup_max": 5}
-    if method == "recycle":
-        return {"method": "kvspec", "num_speculative_tokens": 16, "budget": "fixed"}
-    kvspec = {"method": "kvspec", "model": head, "budget": "fixed"}
-    if method == "auto":
-        return kvspec | {"num_speculative_tokens": 16, "budget": "auto"}
+    kvspec = {"method": "kvspec", "num_speculative_tokens": 16, "budget": "auto" if "auto" in method else "fixed"}
+    if not method.startswith("recycle"):
+        kvspec["model"] = head
     if method == "chain":
+        del kvspec["num_speculative_tokens"]
         return kvspec | {"tree": "chain"}
-    return kvspec | {"num_speculative_tokens": int(method)}
+    if method == "uncoupled":
+        return kvspec | {"draft_noise": "none"}
+    if method == "graft":
+        return kvspec | {"graft": True}
+    return kvspec | ({"num_speculative_tokens": int(method)} if method.isdigit() else {})
 
 
 def job(arguments: argparse.Namespace, method: str, prompts: list[dict]) -> dict[str, Any]:
@@ -103,6 +109,7 @@ def job(arguments: argparse.Namespace, method: str, prompts: list[dict]) -> dict
     return {
         "engine": engine | arguments.engine,
         "prompts": [prompt["text"] for prompt in prompts],
+        "categories": [prompt["category"] for prompt in prompts],
         **{key: getattr(arguments, key) for key in keys},
     }
 
@@ -115,27 +122,58 @@ def rows_of(method: str, found: list[dict], plain: list[dict]) -> list[dict[str,
         row = {"method": method, "T": one["temperature"], "batch": one["batch"], "tau": None, "standard error": None}
         if taus := one["taus"]:
             row |= {"tau": statistics.mean(taus), "standard error": statistics.stdev(taus) / len(taus) ** 0.5}
+        if again := one["taus_again"]:
+            row["tau, last round"] = statistics.mean(again)
         expected = texts.get((one["temperature"], one["batch"]))
         # Model Runner V1 draws other noise.
         comparable = one["temperature"] == 0 or torch.cuda.is_available() or method not in V1_ON_CPU
         if expected and method != "none" and comparable:
             same = sum(have == want for have, want in zip(one["token_ids"], expected, strict=True))
             row["identical"] = f"{same} of {len(expected)}"
-        rows.append(row | {"tokens/s": one["tokens/s"]})
+        rows.append(row | {"tokens/s": sum(map(len, one["token_ids"])) / sum(one["seconds"])})
     return rows
 
 
-def tau_by_category(found: dict[str, list[dict]], prompts: list[dict], temperature: float) -> list[dict[str, Any]]:
-    """One row per method: mean tau of each category's prompts."""
+def by_category(prompts: list[dict], values: list[float]) -> dict[str, list[float]]:
+    """``values`` [prompts] of each category."""
+    groups = defaultdict(list)
+    for prompt, value in zip(prompts, values, strict=True):
+        groups[prompt["category"]].append(value)
+    return groups
+
+
+def tau_by_category(found: dict[str, list[dict]], prompts: list[dict]) -> list[dict[str, Any]]:
+    """One row per method and temperature: mean tau of each category's prompts."""
+    return [
+        {"method": method, "T": one["temperature"]}
+        | {name: statistics.mean(values) for name, values in by_category(prompts, one["taus"]).items()}
+        for method, results in found.items()
+        for one in results
+        if one["taus"]
+    ]
+
+
+def seconds_per_token(one: dict, prompts: list[dict]) -> dict[str, float]:
+    """Of each category."""
+    seconds, tokens = defaultdict(float), defaultdict(int)
+    for part, spent in zip(one["parts"], one["seconds"], strict=True):
+        category = prompts[part[0]]["category"]
+        seconds[category] += spent
+        tokens[category] += sum(len(one["token_ids"][i]) for i in part)
+    return {category: seconds[category] / tokens[category] for category in seconds}
+
+
+def speed_up_by_category(found: dict[str, list[dict]], prompts: list[dict], baseline: str) -> list[dict[str, Any]]:
+    """One row per method, temperature and batch: tokens per second as a multiple of the ``baseline`` method's."""
+    own = {(one["temperature"], one["batch"]): seconds_per_token(one, prompts) for one in found[baseline]}
     rows = []
     for method, results in found.items():
         for one in results:
-            if one["temperature"] != temperature or not one["taus"]:
-                continue
-            groups = defaultdict(list)
-            for prompt, value in zip(prompts, one["taus"], strict=True):
-                groups[prompt["category"]].append(value)
-            rows.append({"method": method} | {name: statistics.mean(values) for name, values in groups.items()})
+            base = own.get((one["temperature"], one["batch"]))
+            if method != baseline and base:
+                spent = seconds_per_token(one, prompts)
+                row = {"method": method, "T": one["temperature"], "batch": one["batch"]}
+                rows.append(row | {name: base[name] / spent[name] for name in base})
     return rows
 
 
@@ -161,8 +199,12 @@ def main(argv: list[str] | None = None) -> int:
             row["speed-up"] = row["tokens/s"] / base
     device = torch.device(arguments.device)
     conditions = report.conditions(device, dtype=arguments.dtype, prompts=len(prompts), max_tokens=arguments.max_tokens)
-    table = report.table(tau_by_category(found, prompts, arguments.temperatures[0]))
-    notes = [METHOD, f"Tau by category at temperature {arguments.temperatures[0]:g}:\n\n{table}"]
+    speed_ups = report.table(speed_up_by_category(found, prompts, baseline))
+    notes = [
+        METHOD,
+        f"Tau by category:\n\n{report.table(tau_by_category(found, prompts))}",
+        f"Tokens per second by category, as a multiple of {baseline}'s:\n\n{speed_ups}",
+    ]
     output = arguments.output or report.RESULTS / f"prompts-{arguments.device}"
     report.write(output, "Every method on the same prompts", conditions, rows, notes)
     print(f"wrote {output}.json and {output}.md")

@@ -17,30 +17,39 @@ def engine_steps(llm) -> int:
 
 
 def measure(llm, prompts: list[dict], temperature: float, batch: int, job: dict[str, Any]) -> dict[str, Any]:
-    """All prompts, ``batch`` at a time: token ids, tokens per second, and alone the tokens per step of each."""
+    """All prompts, ``batch`` at a time: token ids, seconds of each part, and alone the tokens per step of each prompt.
+
+    Parts are the categories, or alone the prompts. Seconds are those of the fastest round. Tokens per step are those of
+    the first and of the last round: with prefix caching the last one finds its prompts in the cache.
+    """
     from vllm import SamplingParams
 
     params = [
         SamplingParams(temperature=temperature, max_tokens=job["max_tokens"], seed=i) for i in range(len(prompts))
     ]
     # The engine takes as many at a time as it may; fewer are given to it in parts.
-    parts = [slice(None)] if batch > 1 else [slice(i, i + 1) for i in range(len(prompts))]
-    best, token_ids, taus = 0.0, [], []
+    names = job["categories"] if batch > 1 else range(len(prompts))
+    parts = [[i for i, name in enumerate(names) if name == part] for part in dict.fromkeys(names)]
+    token_ids: list[list[int]] = [[]] * len(prompts)
+    seconds, taus = [float("inf")] * len(parts), []
     for _ in range(job["rounds"]):
-        token_ids, taus, start = [], [], time.perf_counter()
-        for part in parts:
-            before = engine_steps(llm)
-            outputs = llm.generate(prompts[part], params[part], use_tqdm=False)
-            token_ids += [list(output.outputs[0].token_ids) for output in outputs]
+        taus.append([])
+        for number, part in enumerate(parts):
+            before, start = engine_steps(llm), time.perf_counter()
+            outputs = llm.generate([prompts[i] for i in part], [params[i] for i in part], use_tqdm=False)
+            seconds[number] = min(seconds[number], time.perf_counter() - start)
+            for i, output in zip(part, outputs, strict=True):
+                token_ids[i] = list(output.outputs[0].token_ids)
             # The prompt's step gives one token.
-            taus.append((len(token_ids[-1]) - 1) / max(1, engine_steps(llm) - before - 1))
-        best = max(best, sum(map(len, token_ids)) / (time.perf_counter() - start))
+            taus[-1].append((len(token_ids[part[0]]) - 1) / max(1, engine_steps(llm) - before - 1))
     return {
         "temperature": temperature,
         "batch": batch,
         "token_ids": token_ids,
-        "taus": taus if batch == 1 else None,
-        "tokens/s": best,
+        "taus": taus[0] if batch == 1 else None,
+        "taus_again": taus[-1] if batch == 1 and job["rounds"] > 1 else None,
+        "parts": parts,
+        "seconds": seconds,
     }
 
 

@@ -185,7 +185,7 @@ def _compare(args: argparse.Namespace) -> None:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(text + "\n")
     if args.plot:
-        print("Wrote " + ", ".join(map(str, plot(reports, args.plot))) + ".")
+        print("Wrote " + ", ".join(map(str, plot(reports, args.plot, args.panels))) + ".")
 
 
 def _add_compare(commands) -> None:
@@ -193,6 +193,9 @@ def _add_compare(commands) -> None:
     parser.add_argument("reports", type=Path, nargs="+", metavar="REPORT.json", help="written by eval --output")
     parser.add_argument("--output", type=Path, help="markdown to write")
     parser.add_argument("--plot", type=Path, help="directory for acceptance.png and tau.png")
+    parser.add_argument(
+        "--panels", nargs="+", default=[], metavar='"TITLE: NAME ..."', help="plot these heads together, one panel each"
+    )
     parser.set_defaults(run=_compare)
 
 

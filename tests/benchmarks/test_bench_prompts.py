@@ -17,7 +17,9 @@ def bench():
 
 
 def result(token_ids: list[list[int]], taus: list[float] | None, temperature: float = 0.0, batch: int = 1) -> dict:
-    return {"temperature": temperature, "batch": batch, "token_ids": token_ids, "taus": taus, "tokens/s": 10.0}
+    parts = [[i] for i in range(len(token_ids))]
+    found = {"token_ids": token_ids, "taus": taus, "taus_again": None, "parts": parts, "seconds": [0.5] * len(parts)}
+    return {"temperature": temperature, "batch": batch} | found
 
 
 def test_rows(bench):
@@ -26,7 +28,15 @@ def test_rows(bench):
         "8", [result([[1, 2], [3, 4]], [2.0, 3.0]), result([[1, 2], [3, 5]], None, batch=8)], plain
     )
     assert (same["tau"], same["standard error"], same["identical"]) == (2.5, 0.5, "2 of 2")
-    assert (eight["tau"], eight["identical"]) == (None, "1 of 2")
+    assert (eight["tau"], eight["identical"], eight["tokens/s"]) == (None, "1 of 2", 4.0)
+
+
+def test_speed_up_by_category(bench):
+    prompts = [{"category": name} for name in ("code", "chat", "code")]
+    plain = result([[1], [2], [3]], None)
+    fast = plain | {"parts": [[0, 2], [1]], "seconds": [0.25, 1.0]}
+    (row,) = bench.speed_up_by_category({"none": [plain], "8": [fast]}, prompts, "none")
+    assert (row["code"], row["chat"]) == (4.0, 0.5)
 
 
 def test_prompts_of_every_category(bench, tmp_path):

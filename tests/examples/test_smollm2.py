@@ -101,6 +101,8 @@ def test_prompts_of_all_packages_become_spec_bench_rows(downloads, tmp_path, mon
     assert [row["category"] for row in english] == ["code", "tool", "multi_turn", "long_output"]
     short = run_prompts(output, "--downloads", str(downloads), "--max_characters", "12", monkeypatch=monkeypatch)
     assert {row["category"] for row in short} == {"code", "writing"}
+    rest = run_prompts(output, "--downloads", str(downloads), "--min_characters", "13", monkeypatch=monkeypatch)
+    assert len(short) + len(rest) == len(rows) and len(rest) > 0
 
 
 def test_an_archive_is_taken_only_with_its_checksum(archives, tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ import pytest
 
 from vllm_kvspec.cli import main
 from vllm_kvspec.eval import report as report_module
-from vllm_kvspec.eval.compare import load_reports, markdown
+from vllm_kvspec.eval.compare import load_reports, markdown, parse_panels
 
 ROOT = Path(__file__).resolve().parents[2]
 PNG = b"\x89PNG"
@@ -92,6 +92,14 @@ def test_compare_writes_markdown_and_plots(report, tmp_path, capsys):
     assert f" {tau + 1:.2f} ({error:.2f}) " in rows["hybrid"]
     assert "| kv | " in text and "2 (0, 1)" in text and "7,654,321" in text
     assert all((tmp_path / "out" / name).read_bytes().startswith(PNG) for name in ("acceptance.png", "tau.png"))
+    reports = load_reports(paths)
+    assert parse_panels(["KV: alone?: kv", "Both: kv hybrid"], reports) == {
+        "KV: alone?": ["kv"],
+        "Both": ["kv", "hybrid"],
+    }
+    for wrong in ("kv", "Both: kv hydrib", "None:"):
+        with pytest.raises(ValueError, match="names of heads"):
+            parse_panels([wrong], reports)
 
 
 def change(path: Path, *keys, to) -> Path:

@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from vllm_kvspec.eval.plots import plot_acceptance, plot_tau
+from vllm_kvspec.eval.plots import Curve, head_style, plot_acceptance, plot_tau
 from vllm_kvspec.eval.report import title_of
 
 # Of the conditions; the texts themselves are compared run by run.
@@ -178,17 +178,41 @@ def _bottleneck_table(groups: dict[str, list[dict]]) -> list[str]:
     return _table(header, rows)
 
 
-def plot(reports: list[dict], directory: Path) -> list[Path]:
-    """``acceptance.png``: a_k of each head's chain by depth; ``tau.png``: tau by tree. Means over seeds."""
-    acceptance, tau, sizes = {}, {}, {}
-    for title in _runs(reports[0]):
-        acceptance[title], tau[title] = {}, {}
-        for name, group in by_name(reports).items():
-            runs = [_runs(report)[title] for report in group]
-            acceptance[title][name] = (_mean([run["trees"]["chain"]["conditional"] for run in runs]), None)
-            tau[title][name] = (_mean([[tree["tau"] for tree in run["trees"].values()] for run in runs]), None)
-            sizes[title] = max(sizes.get(title, []), list(runs[0]["trees"]), key=len)
+def parse_panels(panels: Sequence[str], reports: list[dict]) -> dict[str, list[str]]:
+    """``["KV or hidden states?: hidden kv", ...]`` -> names of heads by title. Raises ValueError for unknown names."""
+    known, parsed = by_name(reports), {}
+    for panel in panels:
+        title, colon, names = panel.rpartition(":")
+        unknown = [name for name in names.split() if name not in known]
+        if not colon or not names.split() or unknown:
+            raise ValueError(
+                f'A panel must be "TITLE: NAME NAME ..." with names of heads ({", ".join(known)}), found {panel!r}.'
+            )
+        parsed[title] = names.split()
+    return parsed
+
+
+def plot(reports: list[dict], directory: Path, panels: Sequence[str] = ()) -> list[Path]:
+    """``acceptance.png``: a_k of each head's chain by depth; ``tau.png``: tau by tree. Means over seeds.
+
+    ``panels``: see ``parse_panels``; without, one panel per temperature and mode holds all heads.
+    """
+    acceptance, tau, sizes, groups = {}, {}, {}, by_name(reports)
+    for run in _runs(reports[0]):
+        for question, names in (parse_panels(panels, reports) or {"": list(groups)}).items():
+            title = ", ".join(filter(None, (question, run)))
+            acceptance[title], tau[title], sizes[title] = {}, {}, []
+            for name in names:
+                runs, style = [_runs(report)[run] for report in groups[name]], _style(groups[name])
+                acceptance[title][name] = Curve(_mean([run["trees"]["chain"]["conditional"] for run in runs]), **style)
+                trees = [[tree["tau"] for tree in run["trees"].values()] for run in runs]
+                tau[title][name] = Curve(_mean(trees), **style)
+                sizes[title] = max(sizes[title], list(runs[0]["trees"]), key=len)
     return [
         plot_acceptance(directory / "acceptance.png", acceptance),
         plot_tau(directory / "tau.png", tau, sizes),
     ]
+
+
+def _style(group: list[dict]) -> dict[str, str]:
+    return head_style(group[0]["conditions"]["head"]["config"] or {})

@@ -16,7 +16,7 @@ from vllm_kvspec.config import NOT_COMPARED, KVSpecDraftConfig, check_fingerprin
 from vllm_kvspec.eval import recycle
 from vllm_kvspec.eval.acceptance import COUPLED, REJECTION, Acceptance, evaluate, fitting_sizes, modes_at
 from vllm_kvspec.eval.bottlenecks import bottlenecks
-from vllm_kvspec.eval.plots import plot_acceptance, plot_tau
+from vllm_kvspec.eval.plots import Curve, plot_acceptance, plot_tau
 from vllm_kvspec.eval.report_file import ReportFile
 from vllm_kvspec.eval.texts import Text, cached_texts, digest, repeated_share
 from vllm_kvspec.models.draft_head import KVSpecDraftModel
@@ -268,11 +268,11 @@ def plot(report: dict, directory: Path) -> list[Path]:
     for run in report["runs"]:
         title, chain, trees = title_of(run), run["trees"]["chain"], run["trees"]
         acceptance[title] = {
-            "free running": (chain["conditional"], chain["conditional_se"]),
-            "fresh draft": (chain["fresh"], None),
+            "free running": Curve(chain["conditional"], chain["conditional_se"]),
+            "fresh draft": Curve(chain["fresh"]),
         }
         name = report["conditions"]["head"]["name"]
-        tau[title] = {name: ([tree["tau"] for tree in trees.values()], [tree["tau_se"] for tree in trees.values()])}
+        tau[title] = {name: Curve(*([tree[key] for tree in trees.values()] for key in ("tau", "tau_se")))}
         sizes[title] = list(trees)
     return [
         plot_acceptance(directory / "acceptance.png", acceptance),
