@@ -92,7 +92,7 @@ def text_acceptance(
     ids = torch.tensor([text.input_ids], device=device)
     view = view_target(target, config, ids)
     found: dict[str, list[torch.Tensor]] = {"chain": [], **{str(n): [] for n in num_nodes}}
-    for base in _batches(text, head, device):
+    for base in anchor_batches(text, head, device):
         truth = ids[0, base[:, None] + 1 + torch.arange(block, device=device)]
         temperatures = torch.full((len(base),), temperature, device=device)
         scale = ranking_scale(temperatures, coupled, config.greedy_scale)
@@ -120,7 +120,7 @@ def rejection_survival(head: Head, target: PreTrainedModel, text: Text, *, tempe
     log_p = next_token_log_probs(target, view, ids, temperature)
     offsets = torch.arange(config.draft_block_size, device=device)
     parts = []
-    for base in _batches(text, head, device):
+    for base in anchor_batches(text, head, device):
         positions = base[:, None] + offsets
         logits = draft_logits(head, target, view, ids, base, ids[0, positions])
         log_q = (logits.float() / temperature).log_softmax(dim=-1)
@@ -137,7 +137,7 @@ def next_token_log_probs(
     return logits.log_softmax(dim=-1).gather(1, ids[0, 1:, None])[:, 0]
 
 
-def _batches(text: Text, head: Head, device: torch.device) -> list[torch.Tensor]:
+def anchor_batches(text: Text, head: Head, device: torch.device) -> list[torch.Tensor]:
     """The text's anchors in batches of neighbours, smaller where every path of a tree has rows of its own."""
     block = head.config.draft_block_size
     base = anchor_positions(text, block).to(device)

@@ -54,20 +54,24 @@ def draft_candidates(
     width: int,
     num_nodes: int | None = None,
     chain: torch.Tensor | None = None,
+    skip: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Candidates (score, token, parent) of a tree at each anchor, as ``tree.expand_tree`` gives them.
 
     ``input_ids`` [1, S]: the sequence of ``view``; ``base`` int64 [A]. The other arguments are those of
     ``tree.expand_tree`` for A requests. Autoregressive heads run once per level over the beam's paths.
+    ``skip``: trees under the tokens at ``base + skip`` from the rows that a block head made at ``base``, as many as
+    are left of them.
     """
     options = {"noise": noise, "scale": scale, "chain": chain}
     options |= {"beam": beam, "width": width, "num_nodes": num_nodes}
     if isinstance(head, AssistantHead):
         return head.candidates(view, input_ids, base, **options)
-    anchor = input_ids[0, base]
+    anchor = input_ids[0, base + skip]
     if head.config.drafting == "autoregressive":
         return _expand_paths(head, target, view, base, anchor, options)
-    hidden = head(view, base[None], target.get_input_embeddings()(anchor)[None, :, None])[0]
+    embeds = target.get_input_embeddings()(input_ids[0, base])
+    hidden = head(view, base[None], embeds[None, :, None])[0, :, skip:]
     logits = _whole_vocabulary(head, head_logits(target, hidden, head.draft_token_ids))
     gate = head.gate(hidden) if head.config.has_tied_transition else None
     return expand_tree(logits, anchor, *transition_factors(head, target), gate=gate, **options)
