@@ -10,7 +10,7 @@ from requests_mix import prompt
 from safetensors.torch import save_file
 
 RANK = 4
-# vLLM's CPU kernels give a row without adapter that of the last slot, which therefore stays empty.
+# vLLM 0.32's CPU kernels give a row without adapter that of the last slot, which therefore stays empty.
 LORA = {"enable_lora": True, "max_loras": 3, "max_lora_rank": 8}
 PARAMS = (
     {"temperature": 0.0, "logprobs": 2},
