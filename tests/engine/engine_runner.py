@@ -5,8 +5,8 @@
 
 A job is ``{"engine": {LLM arguments}, "batches": [[request, ...], ...], "async_scheduling": bool}``, or
 ``{"jobs": [job, ...]}``: plain engines, one after another. A request is
-``{"prompt": [token ids], "params": {SamplingParams}}``. The plain reference always runs as a script: in a process of
-its own nothing of kvspec's worker can have touched it.
+``{"prompt": [token ids], "params": {SamplingParams}}``, with LoRA also ``"adapter": [name, number, directory]``. The
+plain reference always runs as a script: in a process of its own nothing of kvspec's worker can have touched it.
 """
 
 import contextlib
@@ -79,10 +79,20 @@ def generate(llm, batches: list[list[dict]]) -> list[list[list[dict]]]:
                 [{"prompt_token_ids": request["prompt"]} for request in batch],
                 [sampling_params(request["params"]) for request in batch],
                 use_tqdm=False,
+                lora_request=adapters(batch),
             )
         ]
         for batch in batches
     ]
+
+
+def adapters(batch: list[dict]) -> list | None:
+    """vLLM's request for each one's LoRA adapter, or None where there is none."""
+    if not any(request.get("adapter") for request in batch):
+        return None
+    from vllm.lora.request import LoRARequest
+
+    return [LoRARequest(*request["adapter"]) if request.get("adapter") else None for request in batch]
 
 
 def _sample(sample) -> dict[str, Any]:

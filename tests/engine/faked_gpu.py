@@ -6,7 +6,8 @@
 vLLM's CUDA platform with its answers about the device made up and its compiled extensions empty; everything else, from
 the engine's arguments to the lists of CUDA graphs, is the real code. Nothing is computed. Prints JSON, one report for
 each set of arguments: the attention backends, the resolved graph mode, the graphs of the target and of the drafter, and
-for every number of nodes the batch of the graph that each batch gets (None: not a full one).
+for every number of nodes the batch of the graph that each batch gets (None: not a full one), with LoRA also one of
+adapters.
 """
 
 import importlib.machinery
@@ -87,6 +88,7 @@ def plan(config) -> Graphs:
     from vllm.config import set_current_vllm_config
     from vllm.v1.attention.selector import get_attn_backend
     from vllm.v1.kv_cache_interface import FullAttentionSpec
+    from vllm.v1.worker.gpu.lora_utils import get_lora_capture_cases
 
     cudagraph_utils.get_pp_group = lambda: SimpleNamespace(is_first_rank=True, is_last_rank=True)
     speculative = config.speculative_config
@@ -97,7 +99,13 @@ def plan(config) -> Graphs:
         mode = config.compilation_config.resolve_cudagraph_mode_and_sizes(
             builder.get_cudagraph_support(config, spec), builder.__name__, rows, use_v2_model_runner=True
         )
-        target = cudagraph_utils.ModelCudaGraphManager(config, torch.device("cpu"), mode, decode_query_len=rows)
+        target = cudagraph_utils.ModelCudaGraphManager(
+            config,
+            torch.device("cpu"),
+            mode,
+            decode_query_len=rows,
+            lora_capture_cases=get_lora_capture_cases(config.lora_config, config.compilation_config),
+        )
         drafter = None
         if speculative:
             from vllm_kvspec.engine.draft.graphs import DrafterGraphs
@@ -123,8 +131,9 @@ def report(graphs: Graphs) -> dict:
     def batches(nodes: int) -> range:
         return range(1, min(config.scheduler_config.max_num_seqs, largest // (nodes + 1)) + 1)
 
-    def verified(batch: int, nodes: int) -> int | None:
-        graph = target.dispatch(batch, batch * (nodes + 1), nodes + 1, 0)
+    def verified(batch: int, nodes: int, adapters: int = 0) -> int | None:
+        graph = target.dispatch(batch, batch * (nodes + 1), nodes + 1, adapters)
+        assert graph.num_active_loras >= adapters
         return graph.num_reqs if graph.cg_mode == Mode.FULL else None
 
     def drafted(batch: int, nodes: int) -> int | None:
@@ -142,6 +151,12 @@ def report(graphs: Graphs) -> dict:
         if drafter
         else [],
         "verified": {nodes: [verified(batch, nodes) for batch in batches(nodes)] for nodes in sizes},
+        # With all adapters that may be in use at once.
+        "adapted": {
+            nodes: [verified(batch, nodes, config.lora_config.max_loras) for batch in batches(nodes)] for nodes in sizes
+        }
+        if config.lora_config
+        else {},
         "drafted": {nodes: [drafted(batch, nodes) for batch in batches(nodes)] for nodes in sizes if nodes},
     }
 

@@ -312,7 +312,6 @@ def test_scheduling_is_asynchronous(monkeypatch):
         ({"decode_context_parallel_size": 2, "tensor_parallel_size": 2}, "--decode-context-parallel-size; found 2"),
         ({"kv_cache_dtype": "int8_per_token_head"}, "--kv-cache-dtype; found int8_per_token_head"),
         ({"kv_cache_dtype": "fp8"}, "--kv-cache-dtype; found fp8"),
-        ({"enable_lora": True}, "--enable-lora"),
         ({"kv_offloading_size": 0.25}, "--kv-offloading-size; found 0.25"),
         ({"worker_cls": "some.other.Worker"}, "--worker-cls; found some.other.Worker"),
     ],

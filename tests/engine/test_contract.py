@@ -48,6 +48,7 @@ CONTRACT = {
     "GPUModelRunner.prepare_attn": "test_kv_cache.py::test_equals_a_plain_forward",
     "GPUModelRunner.prepare_dummy_attn": "test_drafter_graph.py::test_a_replay_gives_what_an_eager_draft_gives",
     "GPUModelRunner.sample": "test_kv_cache.py::test_equals_a_plain_forward",
+    "LoRAModelRunnerMixin._set_active_loras": "test_lora.py::test_adapters",
     "GPUModelRunner.execute_model": "test_budget.py::test_steps_are_timed_and_the_scheduler_gets_the_table",
     "GPUModelRunner.sample_tokens": "test_budget.py::test_steps_are_timed_and_the_scheduler_gets_the_table",
     "Worker._make_model_runner": "test_drafter_graph.py::test_a_replay_gives_what_an_eager_draft_gives",

@@ -34,6 +34,8 @@ ENGINES = {
     "own schedule": {"max_num_seqs": 64, **kvspec(16, num_speculative_tokens_per_batch_size=[(1, 8, 16), (9, 64, 3)])},
     "no graphs": {"enforce_eager": True, **kvspec(16)},
     "no head": kvspec(16, model=None),
+    # With LoRA vLLM wants room for every sequence's drafts.
+    "adapters": {"max_num_seqs": 64, "enable_lora": True, "max_loras": 2, **kvspec(16)},
 }
 # An assistant on its target, whose heads are of two sizes.
 ASSISTANT = "assistant"
@@ -123,6 +125,13 @@ def test_graphs_are_few(reports):
     assert len(ours["piecewise"]) == 51
     assert len(ours["drafter"]) < 22
     assert rows_captured(reports["one sequence"]) == {1: 1, 3: 1, 5: 1, 9: 1, 17: 1}
+
+
+def test_batches_with_adapters_have_the_same_graphs(reports):
+    report = reports["adapters"]
+    assert report["adapted"] == report["verified"]
+    # Without an adapter, and with any number of them.
+    assert {count % 2 for count in Counter(map(tuple, report["full"])).values()} == {0}
 
 
 def test_the_largest_graphs_are_captured_first(reports):

@@ -145,13 +145,17 @@ def test_salts_come_from_our_scheduler_or_not_at_all(make_engine, recycle):
 
 
 def test_owners():
-    def owner(salt=..., name="r1", scope="salt"):
-        request = SimpleNamespace(req_id=name, **({} if salt is ... else {"kvspec_salt": salt}))
+    def owner(salt=..., name="r1", scope="salt", adapter=None):
+        lora = adapter and SimpleNamespace(lora_int_id=adapter)
+        request = SimpleNamespace(req_id=name, lora_request=lora, **({} if salt is ... else {"kvspec_salt": salt}))
         return owner_of(request, scope)
 
     assert owner(None) == owner(None, "r2") == SHARED
     assert owner("a") == owner("a", "r2") != owner("b")
     assert owner("a") != SHARED
+    # The target with an adapter says other things.
+    assert len({owner(salt, adapter=adapter) for salt in (None, "a") for adapter in (None, 1, 2)}) == 6
+    assert owner(None, adapter=1) == owner(None, "r2", adapter=1)
     assert len({owner(), owner(name="r2"), owner("a", scope="request"), owner("r1"), SHARED}) == 4
     assert owner(None, scope="request") == owner("a", scope="request") == owner()
 

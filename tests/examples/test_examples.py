@@ -98,7 +98,8 @@ def server():
     for directory in (TARGET, DRAFT):
         assert Path(directory, "config.json").exists(), f"{directory} is missing: run `make tiny`"
     environment = {"TARGET": TARGET, "DRAFT": DRAFT, "N": "8"}
-    command = ["env", *(f"{k}={v}" for k, v in environment.items()), "bash", str(EXAMPLES / "serve.sh")]
+    flags = ["--per-request-spec-decode-metrics", "detailed"]
+    command = ["env", *(f"{k}={v}" for k, v in environment.items()), "bash", str(EXAMPLES / "serve.sh"), *flags]
     with demo.Server(command) as running:
         yield running
     assert not running.alive()
@@ -127,6 +128,53 @@ def test_streamed_answer_is_the_same_as_the_whole_one(server):
     assert len(whole[1]) == 12
     streamed = demo.Request(**{**vars(request), "stream": True})
     assert demo.send(server.client, streamed, 12) == whole
+
+
+@pytest.mark.e2e
+@pytest.mark.slow
+def test_acceptance_of_one_answer(server):
+    """What the answer says of its steps, what /metrics counts, and its tokens are of one piece."""
+    before = server.metrics()
+    answer = server.client.completions.create(
+        model="target", prompt="def add(a, b):", max_tokens=40, temperature=0, extra_body={"ignore_eos": True}
+    )
+    found = answer.model_extra["metrics"]["speculative_decoding"]
+    accepted, drafted = found["per_step_accepted"], found["per_step_drafted"]
+    delta = server.metrics() - before
+    assert (delta[demo.DRAFTS], delta[demo.DRAFT_TOKENS], delta[demo.ACCEPTED]) == (
+        len(drafted),
+        sum(drafted),
+        sum(accepted),
+    )
+    # A step adds what it accepts and one more; the last one may go past the end of the answer.
+    beyond = delta[demo.ENGINE_STEPS] + sum(accepted) - 40
+    assert 0 <= beyond <= accepted[-1]
+
+
+@pytest.mark.e2e
+@pytest.mark.slow
+def test_bench_serve_prints_the_counters(server, tmp_path):
+    """The acceptance block of ``vllm bench serve``, against what its requests added to /metrics."""
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"def f{i}(x):"}) + "\n" for i in range(3)))
+    before = server.metrics()
+    printed = run_script(
+        *("-m", "vllm.entrypoints.cli.main", "bench", "serve", "--base-url", server.url, "--model", "target"),
+        *("--tokenizer", TARGET, "--dataset-name", "custom", "--dataset-path", str(tmp_path / "prompts.jsonl")),
+        *("--skip-chat-template", "--num-prompts", "3", "--custom-output-len", "24", "--max-concurrency", "1"),
+        *("--temperature", "0", "--ignore-eos", "--save-result", "--result-dir", str(tmp_path)),
+        *("--result-filename", "bench.json"),
+    )
+    delta = server.metrics() - before
+    found = json.loads((tmp_path / "bench.json").read_text())
+    assert (found["spec_decode_num_drafts"], found["spec_decode_draft_tokens"]) == (
+        delta[demo.DRAFTS],
+        delta[demo.DRAFT_TOKENS],
+    )
+    assert found["spec_decode_accepted_tokens"] == delta[demo.ACCEPTED]
+    assert found["spec_decode_acceptance_length"] == pytest.approx(demo.tau(delta))
+    rates = [delta[demo.ACCEPTED_AT_DEPTH, depth] / delta[demo.DRAFTS] for depth in range(1, 9)]
+    assert found["spec_decode_per_position_acceptance_rates"] == pytest.approx(rates)
+    assert "Acceptance length:" in printed
 
 
 @pytest.mark.e2e

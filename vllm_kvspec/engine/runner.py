@@ -64,6 +64,9 @@ def check_backend(group) -> None:
 class KVSpecRunnerMixin(MeasuresStepCosts):
     """Put before GPUModelRunner or CPUModelRunner in the bases."""
 
+    # Of the batch that was prepared last, until its adapters are set: rows of logits by request.
+    _rows_by_request: np.ndarray | None = None
+
     def load_model(self, *args, **kwargs) -> None:
         super().load_model(*args, **kwargs)
         self.tree_state = self.speculator.state
@@ -140,6 +143,7 @@ class KVSpecRunnerMixin(MeasuresStepCosts):
     def prepare_attn(self, input_batch: InputBatch):
         # Slots come from flat positions, so vLLM computes them before the positions are rewritten.
         block_tables, slot_mappings = super().prepare_attn(input_batch)
+        self._rows_by_request = np.diff(input_batch.cu_num_logits_np)
         state = self.tree_state
         if input_batch.num_draft_tokens == 0:
             state.clear_batch()
@@ -157,6 +161,14 @@ class KVSpecRunnerMixin(MeasuresStepCosts):
             local_pos=state.local_pos,
         )
         return block_tables, slot_mappings
+
+    def _set_active_loras(self, prompt_lora_mapping: tuple[int, ...], *args, **kwargs) -> None:
+        """``prompt_lora_mapping``: the adapter of every row of logits. vLLM gives one row a request, which holds
+        without drafts only (``LoraState.make_lora_inputs``); an adapter of the LM head needs them all."""
+        if self._rows_by_request is not None:
+            prompt_lora_mapping = tuple(np.repeat(prompt_lora_mapping, self._rows_by_request))
+            self._rows_by_request = None
+        super()._set_active_loras(prompt_lora_mapping, *args, **kwargs)
 
     def prepare_dummy_attn(self, input_batch: InputBatch, *args, **kwargs):
         self.tree_state.clear_batch()

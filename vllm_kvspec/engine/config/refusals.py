@@ -73,8 +73,6 @@ def refuse_engine_options(engine_args: Any, model: ModelConfig, parallel: Parall
         ("--watermark-config", "a watermark", getattr(engine_args, "watermark_config", None) is not None),
         ("--kv-sharing-fast-prefill", True, engine_args.kv_sharing_fast_prefill),
         ("--kv-cache-dtype", cache_dtype, cache_dtype not in cache_dtypes),
-        # The head shares the embedding and the LM head; vLLM's adapters map their rows by the target's batch.
-        ("--enable-lora", True, engine_args.enable_lora),
         ("--worker-cls", parallel.worker_cls, parallel.worker_cls not in ("auto", CUDA_WORKER, CPU_WORKER)),
         ("--return-sampling-mask", True, getattr(model, "return_sampling_mask", False)),
         ("--enable-trace-replay", True, getattr(model, "enable_trace_replay", False)),

@@ -38,9 +38,11 @@ def owner_of(request, scope: str) -> int:
     is alone.
     """
     if scope == "salt" and hasattr(request, "kvspec_salt"):
-        if request.kvspec_salt is None:
+        # The target with an adapter says other things.
+        adapter = request.lora_request and request.lora_request.lora_int_id
+        if request.kvspec_salt is None and adapter is None:
             return SHARED
-        name = f"salt {request.kvspec_salt}"
+        name = f"adapter {adapter} salt {request.kvspec_salt}"
     else:
         name = f"request {request.req_id}"
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little", signed=True) or 1

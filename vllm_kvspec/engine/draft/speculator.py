@@ -14,6 +14,7 @@ from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 
 from vllm_kvspec.engine import ops
 from vllm_kvspec.engine.batch_sizes import max_step_rows
+from vllm_kvspec.engine.draft.adapters import WithoutAdapters
 from vllm_kvspec.engine.draft.assistant_drafter import AssistantDrafter
 from vllm_kvspec.engine.draft.graphs import DrafterGraphs
 from vllm_kvspec.engine.draft.head_drafter import Drafter
@@ -57,6 +58,7 @@ class KVSpecSpeculator(DraftModelSpeculator):
 
     def load_draft_model(self, target_model: nn.Module, target_attn_layer_names: set[str]) -> nn.Module:
         config = self.vllm_config.speculative_config
+        self.without_adapters = WithoutAdapters(target_model)
         if config.head_config is None:
             self.drafter = self.recycler = RecycleDrafter(config, self.req_states, self.device)
             return self.drafter
@@ -71,7 +73,8 @@ class KVSpecSpeculator(DraftModelSpeculator):
             # Part of the head, so that sleep at level 2 restores its buffers.
             head.recycler = self.recycler = RecycleDrafter(config, self.req_states, self.device)
         kind = AssistantDrafter if config.has_assistant else Drafter
-        self.drafter = kind(config, head, target_model, self.recycler)
+        with self.without_adapters:
+            self.drafter = kind(config, head, target_model, self.recycler)
         # Until there are KV caches: what the pass that measures memory reads.
         shapes = [(layer.self_attn.num_kv_heads, layer.self_attn.head_dim) for layer in head.layers]
         layers = [empty_layer(*shape, self.dtype, self.device) for shape in shapes]
@@ -86,7 +89,8 @@ class KVSpecSpeculator(DraftModelSpeculator):
     @torch.inference_mode()
     def weights_changed(self) -> None:
         """The target or the head was given other weights in place."""
-        self.drafter.weights_changed()
+        with self.without_adapters:
+            self.drafter.weights_changed()
 
     def add_requests(self, rows: list[int], requests: list) -> None:
         """``requests`` (vLLM's NewRequestData) have got the request states ``rows``."""
@@ -128,7 +132,8 @@ class KVSpecSpeculator(DraftModelSpeculator):
     def draft(self, num_rows: int, with_chains: bool = False, num_nodes: int | None = None) -> None:
         """Trees for the first ``num_rows`` of ``rows``, into ``draft_tokens`` and ``state``; see ``Drafter.trees``."""
         rows = self.rows.first(num_rows)
-        tokens, *shape = self.drafter.trees(rows, with_chains, num_nodes)
+        with self.without_adapters:
+            tokens, *shape = self.drafter.trees(rows, with_chains, num_nodes)
         self.draft_tokens[:num_rows] = tokens
         self.state.store(rows.request, *shape)
 

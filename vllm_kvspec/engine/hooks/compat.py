@@ -29,6 +29,12 @@ RUNNER_CONTRACT = {
         "input_batch",
         "grammar_output",
     ),
+    ("vllm.v1.worker.lora_model_runner_mixin", "LoRAModelRunnerMixin._set_active_loras"): (
+        "self",
+        "prompt_lora_mapping",
+        "token_lora_mapping",
+        "lora_requests",
+    ),
     ("vllm.v1.worker.gpu.model_runner", "GPUModelRunner.execute_model"): ("self", "scheduler_output"),
     ("vllm.v1.worker.gpu.model_runner", "GPUModelRunner.sample_tokens"): ("self", "grammar_output"),
     ("vllm.v1.worker.gpu_worker", "Worker._make_model_runner"): ("self",),

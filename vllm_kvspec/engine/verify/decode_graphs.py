@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which full CUDA graphs of the target are captured when the number of nodes varies."""
 
-from itertools import pairwise
+from itertools import pairwise, product
 
 from vllm.config import CUDAGraphMode
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, CudaGraphManager
@@ -28,12 +28,14 @@ def plan_decode_graphs(manager: CudaGraphManager, config) -> None:
     for key, graphs in manager._candidates.items():
         manager._candidates[key] = [graph for graph in graphs if graph.cg_mode != CUDAGraphMode.FULL]
     captured = []
-    for rows in (nodes + 1 for nodes in config.node_sizes):
+    for rows, loras in product((nodes + 1 for nodes in config.node_sizes), manager.lora_capture_cases):
         for below, batch in pairwise([0, *_batches(manager, rows)]):
-            graph = BatchExecutionDescriptor(CUDAGraphMode.FULL, batch * rows, batch, uniform_token_count=rows)
+            graph = BatchExecutionDescriptor(
+                CUDAGraphMode.FULL, batch * rows, batch, uniform_token_count=rows, num_active_loras=loras
+            )
             captured.append(graph)
             for requests in range(below + 1, batch + 1):
-                manager._candidates.setdefault((requests * rows, 0), []).insert(0, graph)
+                manager._candidates.setdefault((requests * rows, loras), []).insert(0, graph)
     # The largest first, as vLLM does: the smaller ones then fit into its memory.
     manager._capture_descs[CUDAGraphMode.FULL] = sorted(captured, key=lambda graph: graph.num_tokens, reverse=True)
 
