@@ -102,8 +102,8 @@ def is_encoder_only(engine_args: Any, model: ModelConfig) -> bool:
 def refuse_short_steps(engine_args: Any, nodes: int) -> None:
     """Raise ValueError where a step's tokens cannot hold a tree of ``nodes`` nodes, which always has as many.
 
-    vLLM's scheduler fills a request that comes with one token left to compute (all others cached) up to a whole tree: in
-    a shorter step it would wait for ever, and cut to the long prompts' threshold it stops the engine.
+    vLLM's scheduler fills a request that comes with one token left to compute (all others cached) up to a whole tree.
+    In a shorter step it would wait for ever, and cut to the threshold of long prompts it stops the engine.
     """
     limits = (
         ("--max-num-batched-tokens", engine_args.max_num_batched_tokens),
