@@ -59,7 +59,7 @@ def make_llm(engine: dict[str, Any]):
 
 def sampling_params(params: dict[str, Any]):
     from vllm import SamplingParams
-    from vllm.sampling_params import StructuredOutputsParams
+    from vllm.sampling_params import RepetitionDetectionParams, StructuredOutputsParams
 
     params = dict(params)
     if bias := params.get("logit_bias"):
@@ -67,6 +67,8 @@ def sampling_params(params: dict[str, Any]):
         params["logit_bias"] = {int(token): value for token, value in bias.items()}
     if regex := params.pop("regex", None):
         params["structured_outputs"] = StructuredOutputsParams(regex=regex)
+    if repetition := params.get("repetition_detection"):
+        params["repetition_detection"] = RepetitionDetectionParams(**repetition)
     return SamplingParams(**params)
 
 

@@ -89,6 +89,22 @@ def grammar_batch() -> list[dict]:
     return requests
 
 
+def rare_batch() -> list[dict]:
+    """Parameters that few send, and prompts of which all but one token is cached when they come."""
+    cached = {"max_tokens": 6, "logprobs": 2}
+    return [
+        request(2 * BLOCK + 1, 900, temperature=0.0, max_tokens=1),
+        request(30, 1400, temperature=0.0, allowed_token_ids=[44, 100, 300, 377, 500]),
+        request(22, 1500, temperature=1.0, seed=21, allowed_token_ids=list(range(100, 400))),
+        request(40, 20, temperature=0.0, repetition_detection={"max_pattern_size": 4, "min_count": 2}),
+        request(28, 230, temperature=1.0, seed=22, stop_token_ids=[10, 14, 18], min_tokens=6, ignore_eos=False),
+        request(36, 1250, temperature=1.0, seed=23, stop=["\n"], include_stop_str_in_output=True, ignore_eos=False),
+        request(2 * BLOCK + 1, 900, temperature=0.0, **cached),
+        request(2 * BLOCK + 1, 900, temperature=1.0, seed=24, **cached),
+        request(2 * BLOCK + 1, 900, temperature=0.0, skip_reading_prefix_cache=True, **cached),
+    ]
+
+
 def edge_batch() -> list[dict]:
     """Up to the last position of the context, and prompts of exactly k blocks."""
     return [
@@ -107,8 +123,9 @@ BATCHES = {
     "grammars": grammar_batch,
     "edge": edge_batch,
     "logprobs": logprobs_batch,
+    "rare": rare_batch,
 }
 # The edge batch twice: the second time its prompts are cached whole.
-ALL = ("greedy", "sampled", "mixed", "grammars", "edge", "edge", "logprobs")
+ALL = ("greedy", "sampled", "mixed", "grammars", "edge", "edge", "logprobs", "rare")
 # Greedy, sampled, and the edges twice: the least that every drafter must get right.
 CORE = ("greedy", "sampled", "edge", "edge")

@@ -42,6 +42,8 @@ def refuse_engine_options(engine_args: Any, model: ModelConfig, parallel: Parall
         if model.rswa_window is not None
         else "images that attend to themselves in both directions (without them: --language-model-only)"
         if model.is_mm_prefix_lm
+        else "no language model here (--mm-encoder-only, or an encoder that sends its outputs elsewhere)"
+        if is_encoder_only(engine_args, model)
         else f"--runner {model.runner_type}"
         if model.runner_type != "generate"
         else unsupported_attention(model.hf_text_config)
@@ -66,6 +68,8 @@ def refuse_engine_options(engine_args: Any, model: ModelConfig, parallel: Parall
             parallel.decode_context_parallel_size > 1,
         ),
         ("--enable-dbo", True, parallel.enable_dbo),
+        # The same by another flag: vLLM would fall back to Model Runner V1.
+        ("--ubatch-size", parallel.ubatch_size, parallel.use_ubatching),
         ("--enable-batch-sharded-sampling", True, parallel.enable_batch_sharded_sampling),
         ("--kv-transfer-config", "a connector", engine_args.kv_transfer_config is not None),
         # vLLM makes a connector of it.
@@ -76,11 +80,40 @@ def refuse_engine_options(engine_args: Any, model: ModelConfig, parallel: Parall
         ("--worker-cls", parallel.worker_cls, parallel.worker_cls not in ("auto", CUDA_WORKER, CPU_WORKER)),
         ("--return-sampling-mask", True, getattr(model, "return_sampling_mask", False)),
         ("--enable-trace-replay", True, getattr(model, "enable_trace_replay", False)),
+        # vLLM takes the first rows of a request for the accepted ones; on a tree they are not.
+        ("--enable-return-routed-experts", True, engine_args.aux_output_config.enabled),
     ]
     for flag, value, set_by_user in options:
         if set_by_user:
             raise ValueError(
                 f"kvspec does not support {flag}; found {value}. Leave the flag out, or serve without kvspec."
+            )
+
+
+def is_encoder_only(engine_args: Any, model: ModelConfig) -> bool:
+    """Whether the engine is to run a multimodal model's encoder alone."""
+    transfer = engine_args.ec_transfer_config
+    flag = getattr(model.multimodal_config, "mm_encoder_only", False)
+    return flag or (transfer is not None and transfer.is_encode_only)
+
+
+def refuse_short_steps(engine_args: Any, nodes: int) -> None:
+    """Raise ValueError where a step's tokens cannot hold a tree of ``nodes`` nodes, which always has as many.
+
+    vLLM's scheduler fills a request that comes with one token left to compute (all others cached) up to a whole tree.
+    In a shorter step it would wait for ever, and cut to the threshold of long prompts it stops the engine.
+    """
+    limits = (
+        ("--max-num-batched-tokens", engine_args.max_num_batched_tokens),
+        ("--max-num-scheduled-tokens", engine_args.max_num_scheduled_tokens),
+        # 0: none.
+        ("--long-prefill-token-threshold", engine_args.long_prefill_token_threshold or None),
+    )
+    for flag, limit in limits:
+        if limit is not None and limit <= nodes:
+            raise ValueError(
+                f"kvspec verifies {nodes + 1} rows a request, num_speculative_tokens and one; {flag} must be at least "
+                f'that, found {limit}. Raise it, lower num_speculative_tokens, or leave "budget" at "auto".'
             )
 
 

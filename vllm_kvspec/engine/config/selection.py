@@ -13,7 +13,7 @@ from vllm_kvspec import __version__
 from vllm_kvspec.config import has_attention_sinks
 from vllm_kvspec.engine.budget.choice import Acceptance, acceptance_profile, budget_sizes, read_costs
 from vllm_kvspec.engine.config.keys import KVSpecConfig
-from vllm_kvspec.engine.config.refusals import CPU_WORKER, CUDA_WORKER, refuse_engine_options
+from vllm_kvspec.engine.config.refusals import CPU_WORKER, CUDA_WORKER, refuse_engine_options, refuse_short_steps
 from vllm_kvspec.engine.verify.attention_registry import CUDA_BACKENDS, register_cuda_backend
 
 logger = init_logger("vllm.kvspec.config")
@@ -77,6 +77,9 @@ def select_budget(engine_args: Any, config: KVSpecConfig, parallel: ParallelConf
     Raises ValueError.
     """
     _settle_budget(engine_args, config, parallel)
+    # With a schedule vLLM's scheduler does not fill up to a whole tree.
+    if config.num_speculative_tokens_per_batch_size is None:
+        refuse_short_steps(engine_args, config.num_speculative_tokens)
     if engine_args.scheduler_cls is None:
         engine_args.scheduler_cls = SCHEDULER
 
