@@ -269,7 +269,7 @@ def test_load_config_of_the_head(monkeypatch):
         loading.vllm_config = configure(kvspec(**keys))
         loading.draft_model_config = loading.vllm_config.speculative_config.draft_model_config
         with pytest.raises(InterruptedError):
-            loading.load_draft_model(None, set())
+            loading.load_draft_model(torch.nn.Module(), set())
     assert seen[0] is None
     assert seen[1].load_format == "dummy"
 

@@ -56,7 +56,8 @@ def _prefers_flash_attention(engine_args: Any, target: ModelConfig) -> bool:
     return (
         current_platform.get_device_capability().major != 10
         and target.dtype in FlashAttentionBackend.supported_dtypes
-        # Larger ones only its version 4 can, which vLLM would mix with version 3 for a model with heads of two sizes.
+        # Heads of two sizes vLLM gives to version 4 alone, larger ones only it can serve; we run versions 2 and 3.
+        and "head_dim" not in (getattr(target.hf_text_config, "per_layer_attributes", None) or ())
         and target.get_head_size() <= 256
         and FlashAttentionBackend.supports_head_size(target.get_head_size())
         and FlashAttentionBackend.supports_kv_cache_dtype(cache_dtype)
