@@ -14,6 +14,7 @@ from vllm_kvspec.eval.acceptance import (
     REJECTION,
     UNCOUPLED,
     accepted_depth,
+    by_context,
     evaluate,
     fitting_sizes,
     rejection_survival,
@@ -202,11 +203,26 @@ def test_repeated_share():
 def test_a_head_that_knows_the_text_is_accepted_everywhere(pair):
     target, _ = pair
     ids = [i % 7 for i in range(30)]
-    found, half = evaluate(bigram_head(target, ids), target, [Text(ids, 2, 0)], [1, BLOCK, 8], temperature=0.0)
+    found, half, extra = evaluate(bigram_head(target, ids), target, [Text(ids, 2, 0)], [1, BLOCK, 8], temperature=0.0)
+    (row,) = extra["by_context"]
+    assert (row["context"], row["anchors"], row["tau"], row["first"]) == (256, 28 - BLOCK, BLOCK + 1, 1.0)
     assert repr(found) == repr(half)
     assert found["chain"].tau == found["3"].tau == found["8"].tau == BLOCK + 1
     assert found["1"].tau == 2
     assert found["chain"].conditional == [1.0] * BLOCK
+
+
+def test_acceptance_by_context():
+    """The classes end at 256, 512, ...; the error is over texts."""
+    texts = [Text([0] * 600, 250, 0), Text([0] * 300, 255, 0)]
+    early, late = torch.ones(10, 2), torch.tensor([[1.0, 0.0]] * 4)
+    first, second = by_context(texts, [early, late])
+    assert (first["context"], first["anchors"], second["context"], second["anchors"]) == (256, 9, 512, 5)
+    assert first["tau"] == pytest.approx(1 + (7 * 2 + 2 * 1) / 9) and second["tau"] == pytest.approx(
+        1 + (3 * 2 + 2) / 5
+    )
+    # Seven anchors above the mean by 2/9 each, two below it by 7/9 each.
+    assert first["tau_se"] == pytest.approx(2**0.5 * 14 / 9 / 9)
 
 
 @pytest.mark.parametrize("coupled", [False, True])

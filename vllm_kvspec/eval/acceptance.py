@@ -29,6 +29,8 @@ GREEDY, COUPLED, UNCOUPLED, REJECTION = MODES = ("greedy", "coupled", "uncoupled
 # each other under a mask, at a cost that grows with their square.
 VALUES_PER_BATCH = 1 << 22
 ROWS_PER_BATCH = 1 << 9
+# Where the first class of contexts ends, in tokens.
+CONTEXT = 256
 
 
 def modes_at(temperature: float) -> tuple[str, ...]:
@@ -168,8 +170,8 @@ def evaluate(
     *,
     mode: str = GREEDY,
     **options,
-) -> tuple[dict[str, Acceptance], dict[str, Acceptance]]:
-    """Acceptance per kind of tree over all ``texts``, and over the less repetitive half of them.
+) -> tuple[dict[str, Acceptance], dict[str, Acceptance], dict[str, list[dict]]]:
+    """Acceptance per kind of tree over all ``texts``, over the less repetitive half of them, and ``by_context``.
 
     ``options`` are those of ``text_survival``. Small models loop when they decode greedily, and loops are easy to
     draft: the second figure keeps the first honest.
@@ -178,4 +180,27 @@ def evaluate(
     found = [text_survival(head, target, text, num_nodes, mode=mode, **options) for text in progress]
     order = sorted(range(len(texts)), key=lambda i: repeated_share(texts[i]))
     halves = (range(len(texts)), order[: (len(texts) + 1) // 2])
-    return tuple({name: summarise([found[i][name] for i in part]) for name in found[0]} for part in halves)
+    whole, half = ({name: summarise([found[i][name] for i in part]) for name in found[0]} for part in halves)
+    return whole, half, {"by_context": by_context(texts, [survival["chain"] for survival in found])}
+
+
+def by_context(texts: list[Text], survival: list[torch.Tensor]) -> list[dict]:
+    """The chain by how much text is before the anchor, in classes that end at powers of two, over all anchors.
+
+    ``survival`` [P, G] of each text. Each class: its last ``context`` in tokens, ``anchors``, ``tau`` (the mean of
+    accepted + 1) with its standard error ``tau_se`` over the texts, ``first``: the share whose first token is accepted.
+    """
+    pairs = zip(texts, survival, strict=True)
+    starts = torch.cat([text.prompt_length + torch.arange(len(found)) for text, found in pairs])
+    owner = torch.cat([torch.full((len(found),), i) for i, found in enumerate(survival)])
+    every = torch.cat(survival).double()
+    classes = torch.tensor([max(CONTEXT, 1 << (int(start) - 1).bit_length()) for start in starts])
+    rows = []
+    for context in classes.unique().tolist():
+        found, of = every[classes == context], owner[classes == context]
+        sums = torch.zeros(len(texts), dtype=torch.float64).index_add_(0, of, found.sum(1))
+        off = sums - found.sum(1).mean() * of.bincount(minlength=len(texts))
+        error = (off.square().sum().sqrt() / len(found)).item() if len(of.unique()) > 1 else float("nan")
+        figures = {"tau": 1 + found.sum(1).mean().item(), "tau_se": error, "first": found[:, 0].mean().item()}
+        rows.append({"context": context, "anchors": len(found)} | figures)
+    return rows

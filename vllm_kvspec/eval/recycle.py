@@ -162,9 +162,10 @@ def evaluate(
     temperature: float,
     head: KVSpecDraftModel | None = None,
     **options,
-) -> tuple[dict[str, Acceptance], dict[str, Acceptance], dict[str, dict[str, float]]]:
-    """As ``acceptance.evaluate``: over all texts, and over the less repetitive half; and by source, how many of its
-    tokens are accepted per draft. Chains are CHAIN tokens long, or the head's block. ``options``: those of ``Run``."""
+) -> tuple[dict[str, Acceptance], dict[str, Acceptance], dict[str, dict]]:
+    """As ``acceptance.evaluate``: over all texts, and over the less repetitive half; and ``sources``: of each, how many
+    of its tokens are accepted per draft. Chains are CHAIN tokens long, or the head's block. ``options``: those of
+    ``Run``."""
     order = sorted(range(len(texts)), key=lambda i: repeated_share(texts[i]))
     half = order[: (len(texts) + 1) // 2]
     length = head.config.draft_block_size if head else CHAIN
@@ -180,4 +181,4 @@ def evaluate(
     )
     named = recycle.SOURCES if head else recycle.SOURCES[1:]
     sources = {name: {of: run.sources[of] / whole[name].drafts for of in named} for name, run in found.items()}
-    return whole, less, sources
+    return whole, less, {"sources": sources}

@@ -193,8 +193,8 @@ def paradigm(config: KVSpecDraftConfig) -> str:
     return f"{config.context}{fusion}/{drafting}, {layers}" + ("" if config.transition_rank else ", no bias")
 
 
-def _run(temperature: float, mode: str, texts: list[Text], sha256: str, whole: dict, half: dict, sources=None) -> dict:
-    run = {
+def _run(temperature: float, mode: str, texts: list[Text], sha256: str, whole: dict, half: dict, extra: dict) -> dict:
+    return {
         "temperature": temperature,
         "mode": mode,
         "texts": len(texts),
@@ -202,8 +202,8 @@ def _run(temperature: float, mode: str, texts: list[Text], sha256: str, whole: d
         "repeated_8gram_share": round(sum(map(repeated_share, texts)) / len(texts), DIGITS),
         "trees": {name: _rounded(asdict(acceptance)) for name, acceptance in whole.items()},
         "less_repetitive_half": {name: _short(acceptance) for name, acceptance in half.items()},
+        **_rounded(extra),
     }
-    return run | ({"sources": _rounded(sources)} if sources else {})
 
 
 def _short(acceptance: Acceptance) -> dict:
@@ -250,8 +250,25 @@ def print_run(run: dict) -> None:
         depths.add_column(str(k), justify="right")
     for key, label in rows:
         depths.add_row(label, *("" if value is None else f"{value:.2f}" for value in chain[key]))
-    for table in (lengths, depths, *([_sources_table(run)] if "sources" in run else [])):
+    tables = [lengths, depths]
+    if "sources" in run:
+        tables.append(_sources_table(run))
+    # One class says nothing new.
+    if len(run.get("by_context", ())) > 1:
+        tables.append(_context_table(run))
+    for table in tables:
         Console().print(table)
+
+
+def _context_table(run: dict) -> Table:
+    """The chain by what is before it."""
+    table = Table(title=f"{title_of(run)}: the chain by tokens before the anchor, all anchors")
+    for column in ("up to", "anchors", "tau", "+-", "first token"):
+        table.add_column(column, justify="right")
+    for row in run["by_context"]:
+        error = "" if row["tau_se"] is None else f"{row['tau_se']:.2f}"
+        table.add_row(str(row["context"]), str(row["anchors"]), f"{row['tau']:.2f}", error, f"{row['first']:.2f}")
+    return table
 
 
 def _sources_table(run: dict) -> Table:
