@@ -207,12 +207,16 @@ def main(argv: list[str] | None = None) -> int:
             row["speed-up"] = row["tokens/s"] / base
     device = torch.device(arguments.device)
     conditions = report.conditions(device, dtype=arguments.dtype, prompts=len(prompts), max_tokens=arguments.max_tokens)
-    speed_ups = report.table(speed_up_by_category(found, prompts, baseline))
-    notes = [
-        METHOD,
-        f"Tau by category:\n\n{report.table(tau_by_category(found, prompts))}",
-        f"Tokens per second by category, as a multiple of {baseline}'s:\n\n{speed_ups}",
-    ]
+    notes = [METHOD]
+    for title, found_rows in (
+        ("Tau by category", tau_by_category(found, prompts)),
+        (
+            f"Tokens per second by category, as a multiple of {baseline}'s",
+            speed_up_by_category(found, prompts, baseline),
+        ),
+    ):
+        if found_rows:
+            notes.append(f"\n{title}:\n\n{report.table(found_rows)}")
     output = arguments.output or report.RESULTS / f"prompts-{arguments.device}"
     report.write(output, "Every method on the same prompts", conditions, rows, notes)
     print(f"wrote {output}.json and {output}.md")
