@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Qwen
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed import cleanup_dist_env_and_memory, init_distributed_environment, initialize_model_parallel
 
+from vllm_kvspec.engine.config.keys import TREE_BEAM
 from vllm_kvspec.engine.draft import head_drafter
 from vllm_kvspec.engine.draft.head import KVSpecDraftModel
 from vllm_kvspec.engine.draft.head_drafter import Drafter
@@ -130,7 +131,7 @@ def serve(head, target, directory, **keys) -> tuple[Drafter, DraftRows, torch.Te
     ids = torch.randint(VOCAB, (1, LENGTH))
     view = view_target(target, head.config, ids)
     spec = dict(tree="auto", tree_width=3, parents=None, draft_noise="coupled", num_speculative_tokens=NODES) | keys
-    spec["max_depth"] = lambda head: head.draft_block_size
+    spec |= {"beam": 1 if spec["tree"] == "chain" else TREE_BEAM, "max_depth": lambda head: head.draft_block_size}
     served = load(head.config, load_file(directory / "model.safetensors"))
     fake = SimpleNamespace(
         embed_input_ids=target.get_input_embeddings(),
