@@ -276,9 +276,10 @@ def find_target(head: str, name: str) -> str:
     return next((str(path) for path in found if path.is_dir()), name)
 
 
-def tokenizer_sha256(tokenizer: Any) -> str:
-    """SHA-256 over a tokenizer's sorted vocabulary and added tokens (any Hugging Face tokenizer)."""
-    items = [sorted(tokenizer.get_vocab().items()), sorted(tokenizer.get_added_vocab().items())]
+def tokenizer_sha256(tokenizer: Any, ignored: str | None = None) -> str:
+    """SHA-256 over a tokenizer's sorted vocabulary and added tokens (any Hugging Face tokenizer) but ``ignored``."""
+    vocabularies = (tokenizer.get_vocab(), tokenizer.get_added_vocab())
+    items = [sorted(item for item in tokens.items() if item[0] != ignored) for tokens in vocabularies]
     return hashlib.sha256(json.dumps(items, ensure_ascii=True).encode()).hexdigest()
 
 

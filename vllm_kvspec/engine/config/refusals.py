@@ -15,6 +15,7 @@ from vllm_kvspec.config import (
     KVSpecDraftConfig,
     check_fingerprint,
     target_fingerprint,
+    tokenizer_sha256,
     unsupported_attention,
 )
 
@@ -174,11 +175,13 @@ def check_servable(head: KVSpecDraftConfig) -> None:
 
 def check_head_fits(head: KVSpecDraftConfig, target: ModelConfig) -> None:
     """Raise ValueError when the head was trained for another target than ``target``."""
-    tokenizer = None
+    found = target_fingerprint(target.hf_text_config, None)
     if not target.skip_tokenizer_init:
+        from vllm.renderers.chat_utils import PROMPT_EMBEDS_PLACEHOLDER_TOKEN
         from vllm.tokenizers import cached_tokenizer_from_config
 
+        # An earlier engine of this process may have put vLLM's placeholder for prompt embeddings among the tokens.
         tokenizer = cached_tokenizer_from_config(target)
-    found = target_fingerprint(target.hf_text_config, tokenizer)
+        found["tokenizer_sha256"] = tokenizer_sha256(tokenizer, ignored=PROMPT_EMBEDS_PLACEHOLDER_TOKEN)
     found["name_or_path"] = target.model
     check_fingerprint(head, found)
