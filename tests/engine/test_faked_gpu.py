@@ -76,7 +76,8 @@ def test_the_backend_is_our_tree_attention_over_the_gpus_own(reports):
 
 def test_an_assistant_has_graphs_of_every_width(reports):
     report = reports[ASSISTANT]
-    assert report["mode"] == "FULL_AND_PIECEWISE"
+    # Heads of two sizes: what vLLM gives such a target.
+    assert (report["stock_attention"], report["mode"]) == ("TRITON_ATTN", "FULL_AND_PIECEWISE")
     assert {nodes for _, nodes in report["drafter"]} == {16, 8, 4, 2}
 
 
