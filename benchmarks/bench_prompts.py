@@ -25,8 +25,10 @@ from bench_engine import run
 # On a CPU "native" is what vLLM serves with there, Model Runner V1 ("ngram" and "eagle3" as well); "none" is Model
 # Runner V2, on which kvspec runs.
 V1_ON_CPU = ("native", "ngram", "eagle3")
-METHODS = ("native", "none", "ngram", "recycle", "recycle-auto", "chain", "8", "16", "32", "uncoupled", "auto")
-METHODS += ("graft", "graft-auto")
+METHODS = (
+    "native", "none", "ngram", "recycle", "recycle-auto", "chain", "8", "16", "32", "uncoupled", "auto", "graft",
+    "graft-auto",
+)  # fmt: skip
 METHOD = (
     "ngram, eagle3: vLLM's, 5 tokens. recycle: kvspec without a head, 16 nodes, one table for all prompts. chain, 8, "
     "16, 32: the head. uncoupled: 16 nodes without the target's noise. graft: 16 nodes of head and recycle. -auto: at "

@@ -209,8 +209,8 @@ class KVSpecDraftConfig(PreTrainedConfig):
         wrong = [key for key, value in EAGLE3_SHAPE.items() if getattr(self, key) != value]
         if wrong:
             raise ValueError(
-                f'fusion "eagle3" must have {_listed({key: EAGLE3_SHAPE[key] for key in wrong})}, as EAGLE-3; got '
-                f"{_listed({key: getattr(self, key) for key in wrong})}. Set these, or use another fusion."
+                f'fusion "eagle3" must have {listed({key: EAGLE3_SHAPE[key] for key in wrong})}, as EAGLE-3; got '
+                f"{listed({key: getattr(self, key) for key in wrong})}. Set these, or use another fusion."
             )
         last = self.target.get("num_hidden_layers", 0) - 1
         if last in self.aux_hidden_state_layer_ids:
@@ -258,7 +258,8 @@ class KVSpecDraftConfig(PreTrainedConfig):
         }
 
 
-def _listed(settings: dict[str, Any]) -> str:
+def listed(settings: dict[str, Any]) -> str:
+    """Settings as errors name them."""
     return ", ".join(f"{key} {value!r}" for key, value in settings.items())
 
 

@@ -18,7 +18,14 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from vllm_kvspec.config import EAGLE3_SHAPE, KVSpecDraftConfig, check_fingerprint, find_target, target_fingerprint
+from vllm_kvspec.config import (
+    EAGLE3_SHAPE,
+    KVSpecDraftConfig,
+    check_fingerprint,
+    find_target,
+    listed,
+    target_fingerprint,
+)
 from vllm_kvspec.models.draft_head import KVSpecDraftModel
 from vllm_kvspec.models.target import logit_scale
 
@@ -46,11 +53,10 @@ def export(draft_model: str, output_dir: str, *, target_model: str | None = None
 
 def _check_head(config: KVSpecDraftConfig) -> None:
     if not config.is_eagle3:
-        shape = ", ".join(f"{key} {value!r}" for key, value in EAGLE3_SHAPE.items())
         raise ValueError(
-            f'An EAGLE-3 checkpoint must come from a head with context "hidden" and fusion "eagle3" ({shape}); '
-            f"{config.name_or_path} has context {config.context!r} and fusion {config.fusion!r}, whose layers compute "
-            "something else. Train one with examples/eagle3.yaml."
+            f'An EAGLE-3 checkpoint must come from a head with context "hidden" and fusion "eagle3" '
+            f"({listed(EAGLE3_SHAPE)}); {config.name_or_path} has context {config.context!r} and fusion "
+            f"{config.fusion!r}, whose layers compute something else. Train one with examples/eagle3.yaml."
         )
 
 

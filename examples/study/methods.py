@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from vllm_kvspec.eval import redraft, verification
 from vllm_kvspec.eval.report import DIGITS
+from vllm_kvspec.eval.statistics import mean_and_error
 from vllm_kvspec.eval.texts import Text, cached_texts, digest
 from vllm_kvspec.models.draft_head import KVSpecDraftModel
 from vllm_kvspec.train.checkpoints import write_json
@@ -51,8 +52,8 @@ def compare_rules(head, target, texts: list[Text], temperature: float, drafts: l
             cases += [(rule, k, depth, accepted(f"{rule} {k}", depth)) for k, depth in shapes]
         cases += [(name, 1, block, accepted(f"{name} {budget}")) for name in verification.WALKS]
         for rule, k, depth, values in cases:
-            mean, error = verification.mean_and_error(values)
-            behind = verification.mean_and_error([a - b for a, b in zip(coupled, values, strict=True)])
+            mean, error = mean_and_error(values)
+            behind = mean_and_error([a - b for a, b in zip(coupled, values, strict=True)])
             rows.append(
                 {"rows": budget, "rule": rule, "drafts": k, "depth": depth, "accepted": mean, "se": error,
                  "coupled_more": behind[0], "coupled_more_se": behind[1]}
@@ -61,7 +62,7 @@ def compare_rules(head, target, texts: list[Text], temperature: float, drafts: l
     whole += ["token", "block", *(f"{name}, chain" for name in verification.WALKS)]
     first = [name for name in per_text[0] if name.startswith("first: ")]
     named = {
-        part: {name: dict(zip(("accepted", "se"), verification.mean_and_error(accepted(name)), strict=True))
+        part: {name: dict(zip(("accepted", "se"), mean_and_error(accepted(name)), strict=True))
                for name in names}
         for part, names in (("whole_blocks", whole), ("first_token", first))
     }  # fmt: skip
@@ -80,7 +81,7 @@ def compare_redrafts(head, target, texts: list[Text], temperature: float, nodes:
     rows = []
 
     def add(size: int, what: str, runs: list[redraft.Run]) -> None:
-        (tau, tau_se), (per_pass, per_pass_se) = (redraft.ratio_and_error(runs, x) for x in ("forwards", "passes"))
+        (tau, tau_se), (per_pass, per_pass_se) = (redraft.tokens_and_error(runs, x) for x in ("forwards", "passes"))
         rows.append(
             {
                 "nodes": size,

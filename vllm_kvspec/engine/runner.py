@@ -64,8 +64,8 @@ def check_backend(group) -> None:
 class KVSpecRunnerMixin(MeasuresStepCosts):
     """Put before GPUModelRunner or CPUModelRunner in the bases."""
 
-    # Of the batch that was prepared last, until its adapters are set: rows of logits by request.
-    _rows_by_request: np.ndarray | None = None
+    # Of the batch that was prepared last, until its adapters are set: where the rows of logits of its requests begin.
+    _first_logits: np.ndarray | None = None
 
     def load_model(self, *args, **kwargs) -> None:
         super().load_model(*args, **kwargs)
@@ -143,7 +143,7 @@ class KVSpecRunnerMixin(MeasuresStepCosts):
     def prepare_attn(self, input_batch: InputBatch):
         # Slots come from flat positions, so vLLM computes them before the positions are rewritten.
         block_tables, slot_mappings = super().prepare_attn(input_batch)
-        self._rows_by_request = np.diff(input_batch.cu_num_logits_np)
+        self._first_logits = input_batch.cu_num_logits_np
         state = self.tree_state
         if input_batch.num_draft_tokens == 0:
             state.clear_batch()
@@ -165,9 +165,9 @@ class KVSpecRunnerMixin(MeasuresStepCosts):
     def _set_active_loras(self, prompt_lora_mapping: tuple[int, ...], *args, **kwargs) -> None:
         """``prompt_lora_mapping``: the adapter of every row of logits. vLLM gives one row a request, which holds
         without drafts only (``LoraState.make_lora_inputs``); an adapter of the LM head needs them all."""
-        if self._rows_by_request is not None:
-            prompt_lora_mapping = tuple(np.repeat(prompt_lora_mapping, self._rows_by_request))
-            self._rows_by_request = None
+        if self._first_logits is not None:
+            prompt_lora_mapping = tuple(np.repeat(prompt_lora_mapping, np.diff(self._first_logits)))
+            self._first_logits = None
         super()._set_active_loras(prompt_lora_mapping, *args, **kwargs)
 
     def prepare_dummy_attn(self, input_batch: InputBatch, *args, **kwargs):

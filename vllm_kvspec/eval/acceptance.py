@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from vllm_kvspec.eval.statistics import Acceptance, summarise
+from vllm_kvspec.eval.statistics import Acceptance, mean_and_error, summarise
 from vllm_kvspec.eval.texts import Text, repeated_share
 from vllm_kvspec.kernels.reference import gumbel_noise, tree_build
 from vllm_kvspec.models.drafting import Head, draft_candidates, draft_logits
@@ -190,17 +190,18 @@ def by_context(texts: list[Text], survival: list[torch.Tensor]) -> list[dict]:
     ``survival`` [P, G] of each text. Each class: its last ``context`` in tokens, ``anchors``, ``tau`` (the mean of
     accepted + 1) with its standard error ``tau_se`` over the texts, ``first``: the share whose first token is accepted.
     """
-    pairs = zip(texts, survival, strict=True)
-    starts = torch.cat([text.prompt_length + torch.arange(len(found)) for text, found in pairs])
-    owner = torch.cat([torch.full((len(found),), i) for i, found in enumerate(survival)])
-    every = torch.cat(survival).double()
-    classes = torch.tensor([max(CONTEXT, 1 << (int(start) - 1).bit_length()) for start in starts])
+    classes = [
+        torch.tensor(
+            [max(CONTEXT, 1 << (text.prompt_length + i - 1).bit_length()) for i in range(len(found))], dtype=torch.int64
+        )
+        for text, found in zip(texts, survival, strict=True)
+    ]
     rows = []
-    for context in classes.unique().tolist():
-        found, of = every[classes == context], owner[classes == context]
-        sums = torch.zeros(len(texts), dtype=torch.float64).index_add_(0, of, found.sum(1))
-        off = sums - found.sum(1).mean() * of.bincount(minlength=len(texts))
-        error = (off.square().sum().sqrt() / len(found)).item() if len(of.unique()) > 1 else float("nan")
-        figures = {"tau": 1 + found.sum(1).mean().item(), "tau_se": error, "first": found[:, 0].mean().item()}
-        rows.append({"context": context, "anchors": len(found)} | figures)
+    for context in torch.cat(classes).unique().tolist():
+        inside = [found[of == context] for found, of in zip(survival, classes, strict=True)]
+        tau, error = mean_and_error([1 + part.sum(1) for part in inside])
+        of_one_text = sum(len(part) > 0 for part in inside) == 1
+        first, _ = mean_and_error([part[:, 0] for part in inside])
+        rows.append({"context": context, "anchors": sum(map(len, inside)), "tau": tau, "first": first})
+        rows[-1]["tau_se"] = float("nan") if of_one_text else error
     return rows

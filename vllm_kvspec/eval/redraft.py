@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from vllm_kvspec.eval.acceptance import accepted_depth, anchor_batches, noise_windows
+from vllm_kvspec.eval.statistics import ratio_and_error
 from vllm_kvspec.eval.texts import Text
 from vllm_kvspec.kernels.reference import tree_build
 from vllm_kvspec.models.draft_head import KVSpecDraftModel
@@ -118,9 +119,7 @@ def run_overlapped(accepted: torch.Tensor) -> Run:
     return run
 
 
-def ratio_and_error(runs: list[Run], over: str = "forwards") -> tuple[float, float]:
+def tokens_and_error(runs: list[Run], over: str = "forwards") -> tuple[float, float]:
     """Tokens per forward, or per pass, of all ``runs``, and the standard error with texts as the units."""
-    tokens = torch.tensor([run.tokens for run in runs], dtype=torch.float64)
-    counts = torch.tensor([getattr(run, over) for run in runs], dtype=torch.float64)
-    ratio = tokens.sum() / counts.sum()
-    return ratio.item(), ((tokens - ratio * counts).square().sum().sqrt() / counts.sum()).item()
+    tokens, counts = ([getattr(run, name) for run in runs] for name in ("tokens", over))
+    return ratio_and_error(*(torch.tensor(column, dtype=torch.float64) for column in (tokens, counts)))

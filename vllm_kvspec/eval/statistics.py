@@ -147,3 +147,16 @@ def summarise_runs(accepted: list[list[int]], block: int, seed: int = 0) -> Acce
     short = {name: value[:block] for name, value in vars(found).items() if isinstance(value, list)}
     # No depth is comparable with the first: the drafts that went deep are others.
     return replace(found, **short, retention=float("nan"), retention_se=float("nan"))
+
+
+def ratio_and_error(numerators: torch.Tensor, denominators: torch.Tensor) -> tuple[float, float]:
+    """The ratio of the sums of both, fp64 [texts], and its standard error with texts as the units."""
+    ratio = numerators.sum() / denominators.sum()
+    error = (numerators - ratio * denominators).square().sum().sqrt() / denominators.sum()
+    return ratio.item(), error.item()
+
+
+def mean_and_error(values: list[torch.Tensor]) -> tuple[float, float]:
+    """Mean over all anchors of ``values`` ([P] per text), and its standard error with texts as the units."""
+    sums = torch.stack([text.double().sum() for text in values])
+    return ratio_and_error(sums, torch.tensor([len(text) for text in values], dtype=torch.float64))

@@ -244,11 +244,3 @@ def walk_survival(
         accepted = {f"{name} {n}": accepted[str(n)] for n in nodes} | {f"{name}, chain": accepted["chain"]}
         found |= {key: (value[:, None] > depths).double() for key, value in accepted.items()}
     return found
-
-
-def mean_and_error(values: list[torch.Tensor]) -> tuple[float, float]:
-    """Mean over all anchors of ``values`` ([P] per text), and its standard error with texts as the units."""
-    sums = torch.stack([text.double().sum() for text in values])
-    counts = torch.tensor([len(text) for text in values], dtype=torch.float64)
-    mean = sums.sum() / counts.sum()
-    return mean.item(), ((sums - mean * counts).square().sum().sqrt() / counts.sum()).item()

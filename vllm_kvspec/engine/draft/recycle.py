@@ -42,7 +42,7 @@ def owner_of(request, scope: str) -> int:
         adapter = request.lora_request and request.lora_request.lora_int_id
         if request.kvspec_salt is None and adapter is None:
             return SHARED
-        name = f"adapter {adapter} salt {request.kvspec_salt}"
+        name = f"adapter {adapter} salt {request.kvspec_salt!r}"
     else:
         name = f"request {request.req_id}"
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little", signed=True) or 1
