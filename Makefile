@@ -19,7 +19,7 @@ VLLM := 0.33.0
 endif
 export VLLM_NO_USAGE_STATS ?= 1
 
-.PHONY: demo demo-chat test test-0.32 test-0.33 lint tiny models bench-kernels bench-engine gpu-report install clean kernel-resources
+.PHONY: demo demo-chat test test-0.32 test-0.33 lint tiny models bench-kernels bench-engine gpu-report soak install clean kernel-resources
 
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py
@@ -64,6 +64,11 @@ bench-engine: $(STAMP)
 # Tests and numbers of a GPU in one page, benchmarks/results/gpu_report.md; goes on where it was interrupted.
 gpu-report: $(STAMP)
 	$(BIN)/python benchmarks/gpu_report.py
+
+# Random traffic, every token compared with plain decoding's; goes on with benchmarks/results/soak-*.
+MINUTES ?= 10
+soak: $(STAMP)
+	$(BIN)/python benchmarks/soak.py --minutes $(MINUTES) $(SOAK_ARGS)
 
 # What every kernel variant needs on each GPU generation, compiled without a GPU.
 kernel-resources: $(STAMP)

@@ -27,7 +27,7 @@ def conditions(device: torch.device, **settings: Any) -> dict[str, Any]:
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0")
         if device.type == "cuda"
         else None,
-        "commit": _output("git", "-C", str(ROOT), "describe", "--always", "--dirty"),
+        "commit": commit(),
         "threads": torch.get_num_threads() if device.type == "cpu" else None,
         "python": platform.python_version(),
         **{name: _version(name) for name in ("torch", "triton", "transformers", "vllm")},
@@ -35,15 +35,27 @@ def conditions(device: torch.device, **settings: Any) -> dict[str, Any]:
     }
 
 
+def commit() -> str | None:
+    """Of this repository, "-dirty" where files differ from it."""
+    return _output("git", "-C", str(ROOT), "describe", "--always", "--dirty")
+
+
 def write(output: Path, title: str, found: dict[str, Any], rows: list[dict[str, Any]], notes: list[str]) -> None:
     """Write ``output``.json and ``output``.md; every row is a dict, columns in the order of their first appearance."""
     output.parent.mkdir(parents=True, exist_ok=True)
     record = {"title": title, "conditions": found, "notes": notes, "rows": rows}
-    output.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+    _replace(output.with_suffix(".json"), json.dumps(record, indent=1) + "\n")
     lines = [f"# {title}", ""]
     lines += [f"- {key}: {value}" for key, value in found.items() if value is not None]
     lines += ["", *notes, "", table(rows), ""]
-    output.with_suffix(".md").write_text("\n".join(lines))
+    _replace(output.with_suffix(".md"), "\n".join(lines))
+
+
+def _replace(path: Path, text: str) -> None:
+    """All or nothing: a record that grows survives an interruption."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(text)
+    part.replace(path)
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -1,0 +1,389 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Random traffic for minutes or hours: every token is compared with plain decoding's.
+
+    make soak MINUTES=30                           # goes on with the record in benchmarks/results
+    python benchmarks/soak.py --minutes 2 --seed 7 --output /tmp/soak
+    python benchmarks/soak.py --round 12           # this round of the seed once more, nothing recorded
+
+A pool of requests is drawn from the seed, with every sampling parameter that meets speculation (``soak_requests.py``),
+and answered once by plain decoding: Model Runner V2 without speculation, in a process of its own. What plain decoding
+does not say twice is not compared. Then rounds, each a configuration drawn from the seed and the round's number, ask
+for the same requests in other company: offline, in an engine that is stepped here (``soak_worker.py``: bursts, aborts,
+the same step by step for a seed), and over HTTP (``soak_http.py``: streams, clients that leave, an engine killed in
+mid-stream and its server started again). A difference is reported with its request, configuration, position and how
+close plain decoding was to the other token. The record is written after every round, and a later call goes on with it.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import report
+import soak_http
+import torch
+from demo import PLAIN_CPU_WORKER, serve_command
+from soak_requests import MAX_MODEL_LEN, draw_requests, key_of, second_turns
+
+HERE = Path(__file__).parent
+TINY = report.ROOT / "examples" / "tiny"
+WORKER = [sys.executable, str(HERE / "soak_worker.py")]
+TEXTS = ("examples/prompts.jsonl", "kernels/reference.py")
+ON_CPU = not torch.cuda.is_available()
+# The least that holds one request of the full context with its tree: requests push each other out.
+TINY_POOL_TOKENS = 352
+# Beyond this a difference is a fault; closer, plain decoding on other kernels could have said either.
+NEAR_TIE = 1e-4
+# What an engine may grow between the first third of its time and the end.
+MAX_GROWTH_MIB = 48
+# A process may take as long again and this, for its start and the requests that are under way.
+EXTRA_S = 180
+STEP_COSTS = {
+    "steps": {n: [[1, 0.004 + 0.0001 * n], [8, 0.005 + 0.0006 * n], [16, 0.006 + 0.0015 * n]] for n in range(17)},
+    "context": dict.fromkeys(range(17), 0.0),
+}
+
+
+@dataclass(frozen=True)
+class Round:
+    """A configuration: what ``number`` and the seed stand for."""
+
+    number: int
+    http: bool
+    drafter: str
+    speculative: dict[str, Any]
+    engine: dict[str, Any]
+    seed: int
+
+    def options(self) -> str:
+        drawn = {**self.speculative, **self.engine}
+        fixed = {*FIXED_ENGINE, "method", "model"}
+        return ", ".join(f"{key}={value}" for key, value in drawn.items() if key not in fixed)
+
+
+FIXED_ENGINE = {
+    "dtype": "float32",
+    "max_model_len": MAX_MODEL_LEN,
+    "enforce_eager": True,
+    "kv_cache_memory_bytes": 64 << 20,
+    "disable_log_stats": False,
+}
+
+
+def draw_round(arguments: argparse.Namespace, number: int) -> Round:
+    """Drafters in turn, every third round over HTTP, the rest at random."""
+    rng = random.Random(f"round {arguments.seed} {number}")
+    head = {"model": str(arguments.head)}
+    drafters = {
+        "head": head,
+        "no head": {"recycle_scope": rng.choice(("salt", "request"))},
+        "chain": {**head, "tree": "chain"},
+        "graft": {**head, "graft": True},
+        "fixed tree": {**head, "tree": [3, 1, 1]},
+    }
+    name = list(drafters)[number % len(drafters)]
+    nodes = {"chain": 6, "fixed tree": 9}.get(name) or rng.choice((4, 8, 16))
+    speculative = {"method": "kvspec", "num_speculative_tokens": nodes, **drafters[name]}
+    speculative["budget"] = rng.choice(("auto", "fixed"))
+    speculative["draft_noise"] = rng.choice(("coupled", "coupled", "none"))
+    block = rng.choice((16, 32))
+    engine = {**FIXED_ENGINE, "model": str(arguments.target), "block_size": block}
+    engine["max_num_seqs"] = rng.choice((3, 8, 16))
+    engine["enable_prefix_caching"] = rng.random() < 0.75
+    if rng.random() < 0.5:
+        engine["num_gpu_blocks_override"] = TINY_POOL_TOKENS // block
+    if rng.random() < 0.3:
+        engine["max_num_batched_tokens"] = 48
+    engine["async_scheduling"] = rng.random() < 0.5
+    return Round(number, number % 3 == 2, name, speculative, engine, rng.randrange(2**31))
+
+
+def run_worker(job: dict[str, Any], work: Path, timeout: float) -> dict[str, Any]:
+    """``soak_worker.py`` on a job. Raises RuntimeError with the end of its log."""
+    (work / "job.json").write_text(json.dumps(job))
+    out = work / "out.json"
+    out.unlink(missing_ok=True)
+    with (work / "log").open("w+") as log:
+        environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+        # Plain decoding takes a while: its progress is shown.
+        stdout = None if job["task"] == "answers" else log
+        command = [*WORKER, str(work / "job.json"), str(out)]
+        try:
+            status = subprocess.run(command, env=environment, stdout=stdout, stderr=log, timeout=timeout).returncode
+        except subprocess.TimeoutExpired:
+            status = f"stopped after {timeout:.0f} s"
+        log.seek(0)
+        if status != 0:
+            raise RuntimeError(f"{job['task']}: {status}\n" + "\n".join(log.read().splitlines()[-30:]))
+    return json.loads(out.read_text())
+
+
+def plain_engine(arguments: argparse.Namespace, **others: Any) -> dict[str, Any]:
+    worker = {"worker_cls": PLAIN_CPU_WORKER, "block_size": 32} if ON_CPU else {}
+    return {**FIXED_ENGINE, "model": str(arguments.target), "max_num_seqs": 16, **worker, **others}
+
+
+def answers_file(arguments: argparse.Namespace) -> Path:
+    """Of this target on this vLLM: what plain decoding has said so far."""
+    digest = hashlib.sha256(json.dumps([*map(importlib.metadata.version, ("vllm", "torch")), ON_CPU]).encode())
+    for path in sorted(arguments.target.glob("*.safetensors")):
+        with path.open("rb") as weights:
+            digest.update(hashlib.file_digest(weights, "sha256").digest())
+    return arguments.work / f"plain-{digest.hexdigest()[:12]}.jsonl"
+
+
+def answered(arguments: argparse.Namespace, requests: list[dict]) -> list[dict[str, Any]]:
+    """Plain decoding's answer to each request, from the file or else from a plain engine."""
+    path = answers_file(arguments)
+    known = {}
+    for _ in range(2):
+        for line in path.read_text().splitlines() if path.exists() else ():
+            # An interruption may have cut a line.
+            with contextlib.suppress(json.JSONDecodeError):
+                row = json.loads(line)
+                known[row["key"]] = row
+        missing = [request for request in requests if key_of(request) not in known]
+        if not missing:
+            break
+        print(f"plain decoding answers {len(missing)} requests", flush=True)
+        job = {"task": "answers", "engine": plain_engine(arguments), "requests": missing, "answers": str(path)}
+        run_worker(job, arguments.work, EXTRA_S + len(missing))
+    return [known[key_of(request)] for request in requests]
+
+
+def make_pool(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """``{"request", "answer", "repeats", "first", "next"}``: first turns, then second ones; ``next`` is the number of a
+    request's second turn. Written to ``pool.json`` for the workers."""
+    from transformers import AutoTokenizer
+
+    text = "\n".join((report.ROOT / name).read_text() for name in TEXTS)
+    tokens = AutoTokenizer.from_pretrained(arguments.target)(text, verbose=False)["input_ids"]
+    firsts = draw_requests(arguments.seed, arguments.requests, tokens)
+    answers = answered(arguments, firsts)
+    turns = second_turns(arguments.seed, firsts, [one["answer"] for one in answers], tokens)
+    answers += answered(arguments, [turn for _, turn in turns])
+    following = {first: len(firsts) + i for i, (first, _) in enumerate(turns)}
+    requests = firsts + [turn for _, turn in turns]
+    pool = [
+        {
+            "request": request,
+            "answer": one["answer"],
+            "repeats": one["repeats"],
+            "first": number < len(firsts),
+            "next": following.get(number),
+        }
+        for number, (request, one) in enumerate(zip(requests, answers, strict=True))
+    ]
+    (arguments.work / "pool.json").write_text(json.dumps(pool))
+    return pool
+
+
+def run_round(arguments: argparse.Namespace, one: Round, pool: list[dict]) -> list[dict[str, Any]]:
+    """What each life of an engine found: one offline, two over HTTP."""
+    seconds = arguments.round_seconds
+    if one.http:
+        return soak_http.http_lives(http_command(one), pool, one.seed, seconds)
+    speculative = dict(one.speculative)
+    if speculative["budget"] == "auto":
+        # Not timed: the same choices again for the same seed.
+        costs = arguments.work / "costs.json"
+        costs.write_text(json.dumps(STEP_COSTS))
+        speculative["budget_costs"] = str(costs)
+    job = {"task": "traffic", "engine": {**one.engine, "speculative_config": speculative}, "seed": one.seed}
+    job |= {"pool": str(arguments.work / "pool.json"), "seconds": seconds}
+    return [run_worker(job, arguments.work, 2 * seconds + EXTRA_S)]
+
+
+def http_command(one: Round) -> list[str]:
+    """``vllm serve`` with the round's flags."""
+    flags = ["--speculative-config", json.dumps(one.speculative)]
+    for key, value in one.engine.items():
+        if key in ("model", "disable_log_stats"):
+            continue
+        flag = key.replace("_", "-")
+        flags += (
+            ([f"--{flag}"] if value else [f"--no-{flag}"]) if isinstance(value, bool) else [f"--{flag}", str(value)]
+        )
+    command = serve_command(one.engine["model"], *flags)
+    return [*WORKER, *command[1:]] if one.engine["async_scheduling"] and ON_CPU else command
+
+
+def look_closer(arguments: argparse.Namespace, one: Round, differences: list[dict]) -> None:
+    """Add to each difference its round, and to another token how close plain decoding was to it."""
+    tokens = [difference for difference in differences if difference["what"] == "token"]
+    job = {"task": "gaps", "engine": plain_engine(arguments, logprobs_mode="processed_logprobs"), "cases": tokens}
+    for difference, gap in zip(tokens, run_worker(job, arguments.work, EXTRA_S)["gaps"] if tokens else (), strict=True):
+        difference |= gap
+    for difference in differences:
+        difference |= {"round": one.number, "drafter": one.drafter, "options": one.options()}
+
+
+def is_near_tie(difference: dict[str, Any]) -> bool:
+    return abs(difference.get("gap", float("inf"))) < NEAR_TIE
+
+
+def row_of(one: Round, lives: list[dict], seconds: float) -> dict[str, Any]:
+    """A round's line of the record."""
+    counts: Counter[str] = Counter()
+    for life in lives:
+        counts.update({key: value for key, value in life.items() if isinstance(value, int)})
+        counts.update(life["metrics"])
+    differences = [difference for life in lives for difference in life["differences"]]
+    near_ties = sum(map(is_near_tie, differences))
+    problems = [problem for life in lives for problem in life.get("problems", ())]
+    if counts["blocks_lost"]:
+        problems.append(f"{counts['blocks_lost']} KV blocks were lost")
+    grown = max(life["rss"][1] - life["rss"][0] for life in lives) / 2**20
+    if grown > MAX_GROWTH_MIB:
+        problems.append(f"the engine grew by {grown:.0f} MiB")
+    drafts = counts["vllm:spec_decode_num_drafts"]
+    return {
+        "round": one.number,
+        "served": "HTTP" if one.http else "offline",
+        "drafter": one.drafter,
+        "requests": counts["requests"],
+        "tokens": counts["tokens"],
+        "not compared": counts["not_compared"],
+        "differences": counts["differing"] - near_ties,
+        "near-ties": near_ties,
+        "aborts": counts["aborted"],
+        "disconnects": counts["disconnected"],
+        "preemptions": int(counts["vllm:num_preemptions"]),
+        "cached tokens": int(counts["vllm:prefix_cache_hits"]),
+        "tau": 1 + counts["vllm:spec_decode_num_accepted_tokens"] / drafts if drafts else None,
+        "kills": counts["kills"],
+        "clients told": counts["told"],
+        "restarts": len(lives) - 1,
+        "MiB": max(life["rss"][1] for life in lives) / 2**20,
+        "MiB grown": grown,
+        "seconds": seconds,
+        "problem": "; ".join(problems) or None,
+        "options": one.options(),
+        "commit": report.commit(),
+    }
+
+
+SUMMED = ("requests", "tokens", "not compared", "differences", "near-ties", "aborts", "disconnects", "preemptions")
+SUMMED += ("cached tokens", "kills", "clients told", "restarts")
+HOW_TO_READ = (
+    "tokens: compared, one by one, with plain decoding of the same request; not compared: of requests without a seed, "
+    "and of those that plain decoding itself answers in two ways. Aborted and disconnected requests count as far as "
+    f"they came. near-ties: other tokens that plain decoding preferred by less than {NEAR_TIE} in log-probability and "
+    "noise. tau: tokens per step with a draft. kills: of the engine's process, under clients in mid-stream; clients "
+    "told: requests that ended in an error then, as they must; restarts: of its server. MiB: resident memory of the "
+    "engine's process at the end of its traffic, MiB grown: since the first third of it, at most "
+    f"{MAX_GROWTH_MIB}."
+)
+
+
+class Record:
+    """``output``.json and .md, which a later call goes on with, and where something differed
+    ``output``-differences.json."""
+
+    def __init__(self, output: Path, settings: dict[str, Any]):
+        """Raises ValueError where the record is of other settings."""
+        self.output, self.settings = output, settings
+        self.details = output.with_name(f"{output.name}-differences.json")
+        self.rows: list[dict[str, Any]] = []
+        if (path := output.with_suffix(".json")).exists():
+            record = json.loads(path.read_text())
+            self.rows = record["rows"]
+            found = {key: record["conditions"].get(key) for key in settings}
+            if found != settings:
+                raise ValueError(
+                    f"{path} must be of {settings} to be gone on with, found {found}; name another --output."
+                )
+
+    def add(self, row: dict[str, Any], differences: list[dict]) -> None:
+        self.rows.append(row)
+        if differences:
+            known = json.loads(self.details.read_text()) if self.details.exists() else []
+            self.details.write_text(json.dumps(known + differences, indent=1) + "\n")
+        total = {key: sum(row[key] for row in self.rows) for key in SUMMED}
+        failed = sum(bool(row["problem"]) for row in self.rows)
+        notes = [f"All {len(self.rows)} rounds: " + ", ".join(f"{total[key]} {key}" for key in SUMMED) + "."]
+        notes += [f"Rounds with a problem: {failed}.", "", HOW_TO_READ]
+        conditions = report.conditions(torch.device("cpu" if ON_CPU else "cuda"), **self.settings)
+        report.write(self.output, "Soak", conditions, self.rows, notes)
+        print(notes[0], flush=True)
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=10, help="after which no new round begins")
+    parser.add_argument("--rounds", type=int, default=10**6, help="at most so many in this call")
+    parser.add_argument("--round", type=int, help="only this one, not recorded")
+    parser.add_argument("--seed", type=int, default=0, help="of requests and rounds")
+    parser.add_argument("--requests", type=int, default=1500, help="of the pool, second turns not counted")
+    parser.add_argument("--round-seconds", type=float, default=90, help="of traffic")
+    parser.add_argument("--target", type=Path, default=TINY / "target")
+    parser.add_argument("--head", type=Path, default=TINY / "draft")
+    parser.add_argument("--output", type=Path, help="without suffix; default benchmarks/results/soak-<device>")
+    parser.add_argument("--work", type=Path, default=report.ROOT / ".soak", help="plain answers and logs")
+    arguments = parser.parse_args(argv)
+    arguments.output = arguments.output or report.RESULTS / f"soak-{'cpu' if ON_CPU else 'cuda'}"
+    return arguments
+
+
+def set_environment() -> None:
+    """For every process that is started here."""
+    os.environ.update(VLLM_NO_USAGE_STATS="1", HF_HUB_OFFLINE="1")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    if ON_CPU:
+        # The models are tiny: threads cost more than they give.
+        os.environ.update(VLLM_CPU_OMP_THREADS_BIND="nobind", OMP_NUM_THREADS="1")
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parse_arguments(argv)
+    set_environment()
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    settings = {"seed": arguments.seed, "requests": arguments.requests, "target": arguments.target.name}
+    try:
+        record = Record(arguments.output, settings)
+    except ValueError as error:
+        sys.exit(str(error))
+    print(f"seed {arguments.seed}, {len(record.rows)} rounds so far", flush=True)
+    pool = make_pool(arguments)
+    deadline, failed = time.monotonic() + 60 * arguments.minutes, False
+    single = arguments.round is not None
+    for number in [arguments.round] if single else range(len(record.rows), len(record.rows) + arguments.rounds):
+        if time.monotonic() > deadline:
+            break
+        one, start = draw_round(arguments, number), time.monotonic()
+        print(f"round {number}: {'HTTP' if one.http else 'offline'}, {one.drafter}, {one.options()}", flush=True)
+        try:
+            lives = run_round(arguments, one, pool)
+        except RuntimeError as error:
+            print(error, file=sys.stderr)
+            lives = [{"differences": [], "metrics": {}, "rss": [0, 0], "problems": [str(error).splitlines()[0]]}]
+        differences = [difference for life in lives for difference in life["differences"]]
+        look_closer(arguments, one, differences)
+        row = row_of(one, lives, time.monotonic() - start)
+        failed |= bool(row["differences"] or row["problem"])
+        for difference in differences:
+            print(f"DIFFERENCE {json.dumps(difference)}")
+        if row["problem"]:
+            print(f"PROBLEM {row['problem']}")
+        if single:
+            print(json.dumps(row, indent=1))
+        else:
+            record.add(row, differences)
+    return int(failed)
+
+
+if __name__ == "__main__":
+    # So that what this process has started ends with it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped; the rounds before this one are in the record"))
+    sys.exit(main())
