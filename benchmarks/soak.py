@@ -49,6 +49,13 @@ NEAR_TIE = 1e-4
 MAX_GROWTH_MIB = 48
 # A process may take as long again and this, for its start and the requests that are under way.
 EXTRA_S = 180
+FIXED_ENGINE = {
+    "dtype": "float32",
+    "max_model_len": MAX_MODEL_LEN,
+    "enforce_eager": True,
+    "kv_cache_memory_bytes": 64 << 20,
+    "disable_log_stats": False,
+}
 STEP_COSTS = {
     "steps": {n: [[1, 0.004 + 0.0001 * n], [8, 0.005 + 0.0006 * n], [16, 0.006 + 0.0015 * n]] for n in range(17)},
     "context": dict.fromkeys(range(17), 0.0),
@@ -70,15 +77,6 @@ class Round:
         drawn = {**self.speculative, **self.engine}
         fixed = {*FIXED_ENGINE, "method", "model"}
         return ", ".join(f"{key}={value}" for key, value in drawn.items() if key not in fixed)
-
-
-FIXED_ENGINE = {
-    "dtype": "float32",
-    "max_model_len": MAX_MODEL_LEN,
-    "enforce_eager": True,
-    "kv_cache_memory_bytes": 64 << 20,
-    "disable_log_stats": False,
-}
 
 
 def draw_round(arguments: argparse.Namespace, number: int) -> Round:
@@ -163,8 +161,7 @@ def answered(arguments: argparse.Namespace, requests: list[dict]) -> list[dict[s
 
 
 def make_pool(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """``{"request", "answer", "repeats", "first", "next"}``: first turns, then second ones; ``next`` is the number of a
-    request's second turn. Written to ``pool.json`` for the workers."""
+    """First turns, then second ones, as ``soak_requests.Tally`` has them. In ``pool.json`` for the workers."""
     from transformers import AutoTokenizer
 
     text = "\n".join((report.ROOT / name).read_text() for name in TEXTS)
@@ -211,10 +208,11 @@ def http_command(one: Round) -> list[str]:
     for key, value in one.engine.items():
         if key in ("model", "disable_log_stats"):
             continue
-        flag = key.replace("_", "-")
-        flags += (
-            ([f"--{flag}"] if value else [f"--no-{flag}"]) if isinstance(value, bool) else [f"--{flag}", str(value)]
-        )
+        name = key.replace("_", "-")
+        if isinstance(value, bool):
+            flags.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            flags += [f"--{name}", str(value)]
     command = serve_command(one.engine["model"], *flags)
     return [*WORKER, *command[1:]] if one.engine["async_scheduling"] and ON_CPU else command
 

@@ -16,7 +16,7 @@ import httpx
 import openai
 import psutil
 from prometheus_client.parser import text_string_to_metric_families
-from soak_requests import compared, join
+from soak_requests import Tally, join
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from demo import Server  # noqa: E402
@@ -25,22 +25,22 @@ CLIENTS = 12
 LEAVE, STREAM, AGAIN = 0.08, 0.7, 0.8
 # Seconds in which every client must be told of an engine's death, and its server must have ended.
 PATIENCE_S = 60
-# Differences kept in detail.
-MOST_REPORTED = 20
+# The second where a connection breaks.
+ERRORS = (openai.APIError, httpx.HTTPError)
 
 
 class Clients:
-    """Clients that ask for requests of the pool, one after another; some leave before the end. Counts and compares."""
+    """Clients that ask for requests of the pool, one after another; some leave before the end."""
 
     def __init__(self, server: Server, pool: list[dict[str, Any]], seed: int):
         self.server, self.pool, self.rng = server, pool, random.Random(seed)
         self.client = openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="unused", timeout=120, max_retries=0)
-        self.counts: Counter[str] = Counter()
-        self.differences: list[dict[str, Any]] = []
+        self.tally = Tally(pool)
+        self.counts = self.tally.counts
         self.problems: list[str] = []
         self.firsts = self._firsts()
         self.closing = self.killed = False
-        self.streaming = 0
+        self.in_mid_stream = 0
 
     def _firsts(self) -> Iterator[int]:
         numbers = [number for number, one in enumerate(self.pool) if one["first"] and "offline" not in one["request"]]
@@ -55,7 +55,7 @@ class Clients:
                 number = next(self.firsts)
             try:
                 whole = await self.ask(number)
-            except (openai.APIError, httpx.HTTPError) as error:
+            except ERRORS as error:
                 # What the death of the engine must come as.
                 self.counts["told"] += self.killed
                 if not self.killed:
@@ -78,40 +78,38 @@ class Clients:
             body["cache_salt"] = request["salt"]
         self.counts["requests"] += 1
         asked = self.client.completions.create(model="target", prompt=request["prompt"], stream=stream, extra_body=body)
-        if stream:
-            whole = await self._read(await asked, samples, after if leaves else None)
-        elif leaves:
-            whole = await self._leave(asked, samples, after / 100)
-        else:
-            take(samples, await asked)
-            whole = True
+        try:
+            if stream:
+                whole = await self._read(await asked, samples, after if leaves else None)
+            else:
+                whole = await self._wait(asked, samples, after / 100 if leaves else None)
+        except ERRORS:
+            self.tally.compare(number, samples, whole=False)
+            raise
         self.counts["disconnected"] += not whole
-        unfinished = [index for index, sample in samples.items() if not sample["finish_reason"]]
-        if whole and (unfinished or not samples):
+        if whole and not (samples and all(sample["finish_reason"] for sample in samples.values())):
             self.problems.append(f"request {number}: the answer ended without an error and without a finish_reason")
             whole = False
-        tokens, found = compared(one, number, samples, whole)
-        got = sum(len(sample["token_ids"]) for sample in samples.values())
-        self.counts["tokens" if tokens is not None else "not_compared"] += got
-        self.counts["differing"] += len(found)
-        self.differences += found[: MOST_REPORTED - len(self.differences)]
+        self.tally.compare(number, samples, whole)
         return whole
 
     async def _read(self, answer: openai.AsyncStream, samples: dict, leave_after: int | None) -> bool:
-        self.streaming += 1
+        """Whether the whole stream came; with ``leave_after`` the connection is closed after so many tokens."""
         try:
             async for piece in answer:
+                self.in_mid_stream += not samples
                 take(samples, piece)
                 if leave_after and sum(len(sample["token_ids"]) for sample in samples.values()) >= leave_after:
                     return False
             return True
         finally:
-            self.streaming -= 1
+            self.in_mid_stream -= bool(samples)
             await answer.close()
 
-    async def _leave(self, asked, samples: dict, seconds: float) -> bool:
+    async def _wait(self, asked, samples: dict, leave_after: float | None) -> bool:
+        """The same for an answer in one piece, in seconds."""
         try:
-            take(samples, await asyncio.wait_for(asked, seconds))
+            take(samples, await asyncio.wait_for(asked, leave_after))
             return True
         except TimeoutError:
             return False
@@ -140,7 +138,7 @@ class Clients:
             await asyncio.to_thread(self._wait_for_end)
         else:
             await asyncio.to_thread(self._wait_for_rest)
-        return {**result, **self.counts, "differences": self.differences, "problems": self.problems}
+        return {**result, **self.counts, "differences": self.tally.differences, "problems": self.problems}
 
     def _resident(self, engine: psutil.Process) -> int:
         try:
@@ -152,7 +150,7 @@ class Clients:
     async def _kill(self, engine: psutil.Process) -> None:
         """As soon as somebody is reading a stream."""
         deadline = time.monotonic() + PATIENCE_S
-        while not self.streaming and time.monotonic() < deadline:
+        while not self.in_mid_stream and time.monotonic() < deadline:
             await asyncio.sleep(0.01)
         self.killed = True
         self.counts["kills"] += 1
@@ -171,7 +169,12 @@ class Clients:
         """Nothing runs, waits or holds KV blocks when all clients are gone."""
         names = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc")
         deadline = time.monotonic() + PATIENCE_S
-        while any((found := metrics(self.server))[name] for name in names):
+        while True:
+            # They are counted in steps, and without requests there are none.
+            self.server.client.completions.create(model="target", prompt=[1], max_tokens=1)
+            found = metrics(self.server)
+            if not any(found[name] for name in names):
+                return
             if time.monotonic() > deadline:
                 self.problems.append(f"{PATIENCE_S} s after the last client left: { {n: found[n] for n in names} }")
                 return

@@ -9,11 +9,14 @@ the engine takes and not the server has ``"offline": True``. A sample is ``{"tok
 import hashlib
 import json
 import random
+from collections import Counter
 from typing import Any
 
 MAX_MODEL_LEN = 256
 # Plain decoding on other kernels: the largest difference of log-probabilities that float32 explains.
 LOGPROB_TOLERANCE = 2e-3
+# Differences of an engine that are kept in detail; all are counted.
+MOST_REPORTED = 20
 PATTERNS = (
     {"regex": r"(yes|no|maybe)( and (yes|no|maybe)){0,6}"},
     {"regex": r"[0-9]{4}-[0-9]{2}-[0-9]{2}( [a-z]{1,8}){0,4}"},
@@ -170,17 +173,31 @@ def join(samples: dict[int, dict[str, Any]], index: int, piece: dict[str, Any]) 
         sample["logprobs"] += piece["logprobs"]
 
 
-def compared(one: dict[str, Any], number: int, samples: dict[int, dict], whole: bool) -> tuple[int | None, list[dict]]:
-    """Compare what came of a request of the pool: tokens compared, or None where plain decoding does not repeat itself;
-    and the differences."""
-    if not one["repeats"]:
-        return None, []
-    found = []
-    if whole and len(samples) != len(one["answer"]):
-        found.append({"what": "samples", "found": len(samples), "expected": len(one["answer"])})
-    for index, sample in samples.items():
-        if difference := first_difference(sample, one["answer"][index], whole):
-            found.append({"sample": index, **difference})
-    where = {"number": number, "request": one["request"], "whole": whole}
-    tokens = sum(len(sample["token_ids"]) for sample in samples.values())
-    return tokens, [{**difference, **where} for difference in found]
+class Tally:
+    """Counts what came of the requests of a pool, and compares it.
+
+    pool: ``{"request", "answer", "repeats", "first", "next"}``: plain decoding's answer, whether it gives it twice,
+    whether the request is a first turn, and the number of its second one or None.
+    """
+
+    def __init__(self, pool: list[dict[str, Any]]):
+        self.pool = pool
+        self.counts: Counter[str] = Counter()
+        self.differences: list[dict[str, Any]] = []
+
+    def compare(self, number: int, samples: dict[int, dict], whole: bool) -> None:
+        """What came of request ``number``: all of it (``whole``) or as much as came before it ended otherwise."""
+        one, tokens = self.pool[number], sum(len(sample["token_ids"]) for sample in samples.values())
+        if not one["repeats"]:
+            self.counts["not_compared"] += tokens
+            return
+        self.counts["tokens"] += tokens
+        found = []
+        if whole and len(samples) != len(one["answer"]):
+            found.append({"what": "samples", "found": len(samples), "expected": len(one["answer"])})
+        for index, sample in samples.items():
+            if difference := first_difference(sample, one["answer"][index], whole):
+                found.append({"sample": index, **difference})
+        self.counts["differing"] += len(found)
+        for difference in found[: MOST_REPORTED - len(self.differences)]:
+            self.differences.append({**difference, "number": number, "request": one["request"], "whole": whole})

@@ -17,7 +17,7 @@ from typing import Any
 
 import psutil
 import torch
-from soak_requests import compared, first_difference, is_repeatable, join, key_of, sample_of
+from soak_requests import Tally, first_difference, is_repeatable, join, key_of, sample_of
 from tqdm import tqdm
 
 CHUNK = 256
@@ -25,7 +25,6 @@ CHUNK = 256
 LEVELS, STEPS_PER_LEVEL = (1, 2, 4, 8, 16, 24), 40
 ABORTED, AGAIN = 0.06, 0.8
 STUCK_STEPS = 3000
-MOST_REPORTED = 20
 
 
 def sampling_params(params: dict[str, Any], **others):
@@ -123,16 +122,15 @@ class Live:
 
 class Traffic:
     """Requests of the pool in random order and changing number, some of them aborted: the same ones, step by step, for
-    the same seed. Counts what came, and compares it."""
+    the same seed."""
 
     def __init__(self, llm, pool: list[dict[str, Any]], seed: int):
-        """``pool``: ``{"request", "answer", "repeats", "next": number of its second turn or None, "first"}``."""
         self.llm, self.engine, self.pool = llm, llm.llm_engine, pool
+        self.tally = Tally(pool)
+        self.counts = self.tally.counts
         self.rng = random.Random(seed)
         self.queue: deque[int] = deque()
         self.live: dict[str, Live] = {}
-        self.counts: Counter[str] = Counter()
-        self.differences: list[dict[str, Any]] = []
         self.level, self.steps, self.last_output = 1, 0, 0
 
     def run(self, seconds: float) -> dict[str, Any]:
@@ -149,7 +147,7 @@ class Traffic:
                 raise RuntimeError(f"no output in {STUCK_STEPS} steps for requests {list(self.live)}")
         return {
             **self.counts,
-            "differences": self.differences,
+            "differences": self.tally.differences,
             "rss": [warm, psutil.Process().memory_info().rss],
             "metrics": counters(self.llm),
             "blocks_lost": self.blocks_lost(),
@@ -180,7 +178,8 @@ class Traffic:
     def abort(self, name: str) -> None:
         self.engine.abort_request([name])
         self.counts["aborted"] += 1
-        self.compare(self.live.pop(name), whole=False)
+        live = self.live.pop(name)
+        self.tally.compare(live.number, live.samples, whole=False)
 
     def receive(self, output) -> None:
         self.last_output = self.steps
@@ -190,18 +189,13 @@ class Traffic:
             return
         live.take(output)
         if output.finished:
-            self.compare(self.live.pop(output.request_id), whole=True)
+            del self.live[output.request_id]
+            self.tally.compare(live.number, live.samples, whole=True)
             follower = self.pool[live.number]["next"]
             if follower is not None and self.rng.random() < AGAIN:
                 self.queue.appendleft(follower)
         elif live.abort_after is not None and live.tokens() >= live.abort_after:
             self.abort(output.request_id)
-
-    def compare(self, live: Live, whole: bool) -> None:
-        tokens, found = compared(self.pool[live.number], live.number, live.samples, whole)
-        self.counts["tokens" if tokens is not None else "not_compared"] += live.tokens()
-        self.counts["differing"] += len(found)
-        self.differences += found[: MOST_REPORTED - len(self.differences)]
 
     def blocks_lost(self) -> int:
         """KV blocks that nobody has and that are not free either."""
