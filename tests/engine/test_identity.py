@@ -137,7 +137,12 @@ def test_tensor_parallel(reference, spec, script, same):
     """Two ranks over gloo, each with half of the heads and of the KV."""
     names = ("greedy", "sampled")
     job = {
-        "engine": {"speculative_config": spec(8), "tensor_parallel_size": 2, "kv_cache_memory_bytes": 32 << 20},
+        "engine": {
+            "speculative_config": spec(8),
+            "tensor_parallel_size": 2,
+            "kv_cache_memory_bytes": 32 << 20,
+            "distributed_executor_backend": "mp",
+        },
         "batches": [BATCHES[name]() for name in names],
     }
     result = script(job, multiprocessing=True)
