@@ -47,8 +47,8 @@ TINY_POOL_TOKENS = 352
 NEAR_TIE = 1e-4
 # What an engine may grow between the first third of its time and the end.
 MAX_GROWTH_MIB = 48
-# A process may take as long again and this, for its start and the requests that are under way.
-EXTRA_S = 180
+# A process may take as long again and this: for its start (on a CPU the first one compiles kernels) and what is under way.
+EXTRA_S = 600
 FIXED_ENGINE = {
     "dtype": "float32",
     "max_model_len": MAX_MODEL_LEN,
@@ -188,9 +188,9 @@ def make_pool(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 def run_round(arguments: argparse.Namespace, one: Round, pool: list[dict]) -> list[dict[str, Any]]:
     """What each life of an engine found: one offline, two over HTTP."""
-    seconds = arguments.round_seconds
+    seconds, requests = arguments.round_seconds, arguments.round_requests
     if one.http:
-        return soak_http.http_lives(http_command(one), pool, one.seed, seconds)
+        return soak_http.http_lives(http_command(one), pool, one.seed, seconds, requests)
     speculative = dict(one.speculative)
     if speculative["budget"] == "auto":
         # Not timed: the same choices again for the same seed.
@@ -198,7 +198,7 @@ def run_round(arguments: argparse.Namespace, one: Round, pool: list[dict]) -> li
         costs.write_text(json.dumps(STEP_COSTS))
         speculative["budget_costs"] = str(costs)
     job = {"task": "traffic", "engine": {**one.engine, "speculative_config": speculative}, "seed": one.seed}
-    job |= {"pool": str(arguments.work / "pool.json"), "seconds": seconds}
+    job |= {"pool": str(arguments.work / "pool.json"), "seconds": seconds, "round_requests": requests}
     return [run_worker(job, arguments.work, 2 * seconds + EXTRA_S)]
 
 
@@ -325,6 +325,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of requests and rounds")
     parser.add_argument("--requests", type=int, default=1500, help="of the pool, second turns not counted")
     parser.add_argument("--round-seconds", type=float, default=90, help="of traffic")
+    parser.add_argument("--round-requests", type=int, default=10**6, help="after which a round's traffic ends, too")
     parser.add_argument("--target", type=Path, default=TINY / "target")
     parser.add_argument("--head", type=Path, default=TINY / "draft")
     parser.add_argument("--output", type=Path, help="without suffix; default benchmarks/results/soak-<device>")

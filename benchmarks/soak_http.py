@@ -114,13 +114,15 @@ class Clients:
         except TimeoutError:
             return False
 
-    async def run(self, seconds: float, kill: bool) -> dict[str, Any]:
-        """``seconds`` of traffic, at whose end the engine is killed in mid-stream, or all answers are waited for."""
-        engine = engine_process(self.server)
+    async def run(self, seconds: float, requests: int, kill: bool) -> dict[str, Any]:
+        """Traffic for so many seconds or requests, whichever is over first; then the engine is killed in mid-stream, or
+        all answers are waited for."""
+        engine, begin, warm = engine_process(self.server), time.monotonic(), 0
         tasks = [asyncio.create_task(self.ask_on()) for _ in range(CLIENTS)]
-        await asyncio.sleep(seconds / 3)
-        warm = self._resident(engine)
-        await asyncio.sleep(2 * seconds / 3)
+        while (done := max((time.monotonic() - begin) / seconds, self.counts["requests"] / requests)) < 1:
+            if done > 1 / 3 and not warm:
+                warm = self._resident(engine)
+            await asyncio.sleep(0.1)
         result = {"rss": [warm, self._resident(engine)], "metrics": metrics(self.server)}
         if kill:
             await self._kill(engine)
@@ -206,14 +208,15 @@ def metrics(server: Server) -> Counter:
     return found
 
 
-def http_lives(command: list[str], pool: list[dict[str, Any]], seed: int, seconds: float) -> list[dict[str, Any]]:
+def http_lives(command: list[str], pool: list[dict], seed: int, seconds: float, requests: int) -> list[dict[str, Any]]:
     """Two lives of a server: the first ends by the death of its engine, the second when all clients are gone. Raises
     RuntimeError with the end of its log where one could not be begun or spoken to."""
     lives = []
     for number, kill in enumerate((True, False)):
         with Server(command) as server:
             try:
-                lives.append(asyncio.run(Clients(server, pool, seed + number).run(seconds / 2, kill)))
+                clients = Clients(server, pool, seed + number)
+                lives.append(asyncio.run(clients.run(seconds / 2, requests // 2, kill)))
             except OSError as error:
                 raise RuntimeError(f"the server is gone: {error}\n{server.log_tail()}") from error
             if lives[-1]["problems"]:

@@ -45,7 +45,7 @@ FEATURES = (
     (0.08, lambda rng: {"repetition_penalty": rng.choice((0.9, 1.1, 1.3))}),
     (0.06, lambda rng: {"presence_penalty": rng.choice((-0.5, 0.5, 1.0))}),
     (0.06, lambda rng: {"frequency_penalty": rng.choice((0.3, 0.7))}),
-    (0.06, lambda rng: {"bad_words": rng.sample(["self", "return", "None", "def", "the", "\n"], 2)}),
+    (0.06, lambda rng: {"bad_words": rng.sample(["self", "return", "None", "def", "the", "import"], 2)}),
     (0.10, lambda rng: {"stop": rng.sample(["\n\n", "def ", "return", "):", "\n", "# "], 2), "ignore_eos": False}),
     (0.05, lambda rng: {"include_stop_str_in_output": True}),
     (0.08, lambda rng: {"stop_token_ids": rng.sample(range(8, 60), 4), "ignore_eos": False}),

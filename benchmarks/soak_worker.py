@@ -133,12 +133,13 @@ class Traffic:
         self.live: dict[str, Live] = {}
         self.level, self.steps, self.last_output = 1, 0, 0
 
-    def run(self, seconds: float) -> dict[str, Any]:
+    def run(self, seconds: float, requests: int) -> dict[str, Any]:
+        """For so many seconds or requests, whichever is over first."""
         begin, warm = time.monotonic(), 0
-        while (elapsed := time.monotonic() - begin) < seconds or self.live:
-            if elapsed < seconds:
+        while (done := max((time.monotonic() - begin) / seconds, self.counts["requests"] / requests)) < 1 or self.live:
+            if done < 1:
                 self.arrive()
-            if elapsed > seconds / 3 and not warm:
+            if done > 1 / 3 and not warm:
                 warm = psutil.Process().memory_info().rss
             for output in self.engine.step():
                 self.receive(output)
@@ -217,7 +218,9 @@ def counters(llm) -> dict[str, float]:
 
 def traffic(job: dict[str, Any]) -> dict:
     llm = make_llm(job)
-    return Traffic(llm, json.loads(Path(job["pool"]).read_text()), job["seed"]).run(job["seconds"])
+    return Traffic(llm, json.loads(Path(job["pool"]).read_text()), job["seed"]).run(
+        job["seconds"], job["round_requests"]
+    )
 
 
 def gaps(job: dict[str, Any]) -> dict:

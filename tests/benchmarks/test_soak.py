@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+# Its round 0 is offline with trees, eight requests at once and a KV pool that cannot hold them.
+SEED = "15"
 PLANTED = """
 import sys
 sys.path[:0] = [{benchmarks!r}]
@@ -68,8 +70,8 @@ def test_what_is_drawn_follows_from_the_seed(soak):
 @pytest.mark.slow
 def test_nothing_differs_and_a_planted_defect_does(soak, tmp_path, monkeypatch, capsys):
     """Offline with a tiny pool of KV, then the same without compaction; the record goes on."""
-    common = ["--requests", "60", "--round-seconds", "5", "--rounds", "1", "--work", str(tmp_path / "work")]
-    common += ["--output", str(tmp_path / "soak"), "--seed", "0"]
+    common = ["--requests", "60", "--round-requests", "80", "--round-seconds", "300", "--rounds", "1"]
+    common += ["--work", str(tmp_path / "work"), "--output", str(tmp_path / "soak"), "--seed", SEED]
     assert soak.main(common) == 0
     (row,) = json.loads((tmp_path / "soak.json").read_text())["rows"]
     assert row["served"] == "offline" and row["problem"] is None
@@ -94,7 +96,8 @@ def test_nothing_differs_and_a_planted_defect_does(soak, tmp_path, monkeypatch, 
 @pytest.mark.slow
 def test_a_killed_engine_over_http(soak, tmp_path, capsys):
     """Round 2 is over HTTP: clients are told, the server ends and is started again, nothing hangs."""
-    arguments = ["--requests", "30", "--round-seconds", "8", "--work", str(tmp_path), "--round", "2"]
+    arguments = ["--requests", "30", "--round-requests", "40", "--round-seconds", "300", "--round", "2"]
+    arguments += ["--work", str(tmp_path)]
     assert soak.main(arguments) == 0
     out = capsys.readouterr().out
     row = json.loads(out[out.index("{\n") :])
