@@ -47,7 +47,7 @@ TINY_POOL_TOKENS = 352
 NEAR_TIE = 1e-4
 # What an engine may grow between the first third of its time and the end.
 MAX_GROWTH_MIB = 48
-# A process may take as long again and this: for its start (on a CPU the first one compiles kernels) and what is under way.
+# A process may take as long again and this: for its start, whose first one on a CPU compiles, and what is under way.
 EXTRA_S = 600
 FIXED_ENGINE = {
     "dtype": "float32",
