@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The import order of the package: kernels <- tree, config <- models <- {train, engine} <- {eval, prepare,
-cache, doctor} <- cli. Inside the engine: {cpu/kernels, hooks/compat} <- {ops, target_kv} <- {verify, budget} <- config <-
+"""The import order of the package: kernels <- tree, config <- models <- {train, engine} <- {eval, prepare, cache,
+doctor} <- cli. Inside the engine: {cpu/kernels, hooks/compat} <- {ops, target_kv} <- {verify, budget} <- config <-
 {runner, draft} <- {worker, hooks/patches} <- {cpu/worker, hooks/plugin}.
 
 Why it matters: training must not need vLLM, kernels must be usable alone, and vLLM imports the package as a plugin in
