@@ -43,15 +43,21 @@ def cpu_defaults(target_model: str, max_length: int, requests: int) -> dict[str,
     # Rounded up to whole blocks, whatever their size.
     wanted = 4 * floats * (max_length + CPU_KV_BLOCK) * min(requests, CPU_REQUESTS)
     room = min(wanted, CPU_KV_BYTES, psutil.virtual_memory().available // 4)
-    units = torch.cpu.get_capabilities()
-    dtype = {}
-    if not any(units[key] for key in units if key.endswith("bf16")):
-        logger.info("This CPU computes bfloat16 without instructions for it, several times slower: using float32.")
-        dtype = {"dtype": "float32"}
-    return dtype | {
+    return {
         "enforce_eager": True,
         "max_num_seqs": CPU_REQUESTS,
         "kv_cache_memory_bytes": room,
         # The engine takes back the random numbers of an unfinished prompt, which a CPU's generators cannot do.
         "enable_chunked_prefill": False,
     }
+
+
+def cpu_dtype() -> dict[str, str]:
+    """The engine argument ``dtype`` where the CPU has no instructions for bfloat16."""
+    if torch.cuda.is_available():
+        return {}
+    units = torch.cpu.get_capabilities()
+    if any(units[key] for key in units if key.endswith("bf16")):
+        return {}
+    logger.info("This CPU computes bfloat16 without instructions for it, several times slower: using float32.")
+    return {"dtype": "float32"}

@@ -16,7 +16,7 @@ from typing import Any
 from transformers import AutoConfig, AutoTokenizer
 
 from vllm_kvspec.config import target_fingerprint
-from vllm_kvspec.offline_engine import cpu_defaults, start_engine
+from vllm_kvspec.offline_engine import cpu_defaults, cpu_dtype, start_engine
 from vllm_kvspec.train.data import load_texts
 from vllm_kvspec.train.record import versions
 from vllm_kvspec.train.regeneration import (
@@ -118,7 +118,7 @@ def engine_writer(target_model: str, settings: Settings, answered: Callable[[], 
     is not installed.
     """
     arguments = {"max_model_len": settings.max_length, "seed": settings.seed}
-    arguments |= cpu_defaults(target_model, settings.max_length, settings.batch_size)
+    arguments |= cpu_dtype() | cpu_defaults(target_model, settings.max_length, settings.batch_size)
     llm = start_engine(target_model, **arguments | settings.engine_args)
     from vllm import SamplingParams
 
