@@ -40,7 +40,7 @@ def small_shards(monkeypatch):
 
 
 def make_cache(directory, rows, config, target) -> TargetCache:
-    return make_cache(directory, rows, config, target.dtype, weights_sha256(target))
+    return TargetCache(directory, rows, config, target.dtype, weights_sha256(target))
 
 
 def make_head(target, **fields):
