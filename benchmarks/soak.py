@@ -15,7 +15,6 @@ close plain decoding was to the other token. The record is written after every r
 """
 
 import argparse
-import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -34,7 +33,7 @@ import report
 import soak_http
 import torch
 from demo import PLAIN_CPU_WORKER, serve_command
-from soak_requests import MAX_MODEL_LEN, draw_requests, key_of, second_turns
+from soak_requests import MAX_MODEL_LEN, WARM_REQUESTS
 
 HERE = Path(__file__).parent
 TINY = report.ROOT / "examples" / "tiny"
@@ -114,11 +113,9 @@ def run_worker(job: dict[str, Any], work: Path, timeout: float) -> dict[str, Any
     out.unlink(missing_ok=True)
     with (work / "log").open("w+") as log:
         environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-        # Plain decoding takes a while: its progress is shown.
-        stdout = None if job["task"] == "answers" else log
         command = [*WORKER, str(work / "job.json"), str(out)]
         try:
-            status = subprocess.run(command, env=environment, stdout=stdout, stderr=log, timeout=timeout).returncode
+            status = subprocess.run(command, env=environment, stdout=log, stderr=log, timeout=timeout).returncode
         except subprocess.TimeoutExpired:
             status = f"stopped after {timeout:.0f} s"
         log.seek(0)
@@ -141,47 +138,12 @@ def answers_file(arguments: argparse.Namespace) -> Path:
     return arguments.work / f"plain-{digest.hexdigest()[:12]}.jsonl"
 
 
-def answered(arguments: argparse.Namespace, requests: list[dict]) -> list[dict[str, Any]]:
-    """Plain decoding's answer to each request, from the file or else from a plain engine."""
-    path = answers_file(arguments)
-    known = {}
-    for _ in range(2):
-        for line in path.read_text().splitlines() if path.exists() else ():
-            # An interruption may have cut a line.
-            with contextlib.suppress(json.JSONDecodeError):
-                row = json.loads(line)
-                known[row["key"]] = row
-        missing = [request for request in requests if key_of(request) not in known]
-        if not missing:
-            break
-        print(f"plain decoding answers {len(missing)} requests", flush=True)
-        job = {"task": "answers", "engine": plain_engine(arguments), "requests": missing, "answers": str(path)}
-        run_worker(job, arguments.work, EXTRA_S + len(missing))
-    return [known[key_of(request)] for request in requests]
-
-
 def make_pool(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """First turns, then second ones, as ``soak_requests.Tally`` has them. In ``pool.json`` for the workers."""
-    from transformers import AutoTokenizer
-
+    """The requests with plain decoding's answers, which are kept; also in ``pool.json`` for the workers."""
     text = "\n".join((report.ROOT / name).read_text() for name in TEXTS)
-    tokens = AutoTokenizer.from_pretrained(arguments.target)(text, verbose=False)["input_ids"]
-    firsts = draw_requests(arguments.seed, arguments.requests, tokens)
-    answers = answered(arguments, firsts)
-    turns = second_turns(arguments.seed, firsts, [one["answer"] for one in answers], tokens)
-    answers += answered(arguments, [turn for _, turn in turns])
-    following = {first: len(firsts) + i for i, (first, _) in enumerate(turns)}
-    requests = firsts + [turn for _, turn in turns]
-    pool = [
-        {
-            "request": request,
-            "answer": one["answer"],
-            "repeats": one["repeats"],
-            "first": number < len(firsts),
-            "next": following.get(number),
-        }
-        for number, (request, one) in enumerate(zip(requests, answers, strict=True))
-    ]
+    job = {"task": "pool", "engine": plain_engine(arguments), "answers": str(answers_file(arguments)), "text": text}
+    job |= {"seed": arguments.seed, "requests": arguments.requests}
+    pool = run_worker(job, arguments.work, EXTRA_S + 2 * arguments.requests)
     (arguments.work / "pool.json").write_text(json.dumps(pool))
     return pool
 
@@ -242,7 +204,8 @@ def row_of(one: Round, lives: list[dict], seconds: float) -> dict[str, Any]:
     problems = [problem for life in lives for problem in life.get("problems", ())]
     if counts["blocks_lost"]:
         problems.append(f"{counts['blocks_lost']} KV blocks were lost")
-    grown = max(life["rss"][1] - life["rss"][0] for life in lives) / 2**20
+    # Of lives that were long enough to be warm.
+    grown = max((end - warm for warm, end in (life["rss"] for life in lives) if warm), default=0) / 2**20
     if grown > MAX_GROWTH_MIB:
         problems.append(f"the engine grew by {grown:.0f} MiB")
     drafts = counts["vllm:spec_decode_num_drafts"]
@@ -264,7 +227,7 @@ def row_of(one: Round, lives: list[dict], seconds: float) -> dict[str, Any]:
         "clients told": counts["told"],
         "restarts": len(lives) - 1,
         "MiB": max(life["rss"][1] for life in lives) / 2**20,
-        "MiB grown": grown,
+        "MiB grown": grown if any(life["rss"][0] for life in lives) else None,
         "seconds": seconds,
         "problem": "; ".join(problems) or None,
         "options": one.options(),
@@ -280,8 +243,8 @@ HOW_TO_READ = (
     f"they came. near-ties: other tokens that plain decoding preferred by less than {NEAR_TIE} in log-probability and "
     "noise. tau: tokens per step with a draft. kills: of the engine's process, under clients in mid-stream; clients "
     "told: requests that ended in an error then, as they must; restarts: of its server. MiB: resident memory of the "
-    "engine's process at the end of its traffic, MiB grown: since the first third of it, at most "
-    f"{MAX_GROWTH_MIB}."
+    f"engine's process at the end of its traffic. MiB grown, at most {MAX_GROWTH_MIB}: since the first third of it, "
+    f"where that was {WARM_REQUESTS} requests or more."
 )
 
 
@@ -354,6 +317,7 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         sys.exit(str(error))
     print(f"seed {arguments.seed}, {len(record.rows)} rounds so far", flush=True)
+    print(f"plain decoding first, where it is not known yet: {arguments.work / 'log'}", flush=True)
     pool = make_pool(arguments)
     deadline, failed = time.monotonic() + 60 * arguments.minutes, False
     single = arguments.round is not None

@@ -16,7 +16,7 @@ import httpx
 import openai
 import psutil
 from prometheus_client.parser import text_string_to_metric_families
-from soak_requests import Tally, join
+from soak_requests import WARM_REQUESTS, Tally, join
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from demo import Server  # noqa: E402
@@ -120,7 +120,7 @@ class Clients:
         engine, begin, warm = engine_process(self.server), time.monotonic(), 0
         tasks = [asyncio.create_task(self.ask_on()) for _ in range(CLIENTS)]
         while (done := max((time.monotonic() - begin) / seconds, self.counts["requests"] / requests)) < 1:
-            if done > 1 / 3 and not warm:
+            if done > 1 / 3 and self.counts["requests"] > WARM_REQUESTS and not warm:
                 warm = self._resident(engine)
             await asyncio.sleep(0.1)
         result = {"rss": [warm, self._resident(engine)], "metrics": metrics(self.server)}

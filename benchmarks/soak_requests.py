@@ -15,6 +15,8 @@ from typing import Any
 MAX_MODEL_LEN = 256
 # Plain decoding on other kernels: the largest difference of log-probabilities that float32 explains.
 LOGPROB_TOLERANCE = 2e-3
+# Until then an engine's memory still grows with what it sees for the first time.
+WARM_REQUESTS = 300
 # Differences of an engine that are kept in detail; all are counted.
 MOST_REPORTED = 20
 PATTERNS = (

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The engines of ``soak.py`` that live in a process of their own: ``soak_worker.py job.json out.json``.
 
-Tasks of a job: ``answers`` (what plain decoding says to each request), ``traffic`` (a configuration under random
+Tasks of a job: ``pool`` (the requests, and what plain decoding says to each), ``traffic`` (a configuration under random
 traffic), ``gaps`` (how close plain decoding was to another token). ``soak_worker.py serve ...`` is ``vllm serve`` with
 asynchronous scheduling, which vLLM turns off on a CPU.
 """
 
+import contextlib
 import json
 import random
 import sys
@@ -17,7 +18,17 @@ from typing import Any
 
 import psutil
 import torch
-from soak_requests import Tally, first_difference, is_repeatable, join, key_of, sample_of
+from soak_requests import (
+    WARM_REQUESTS,
+    Tally,
+    draw_requests,
+    first_difference,
+    is_repeatable,
+    join,
+    key_of,
+    sample_of,
+    second_turns,
+)
 from tqdm import tqdm
 
 CHUNK = 256
@@ -71,36 +82,78 @@ def force_async_scheduling() -> None:
     platform.check_and_update_config = classmethod(check_and_update_config)
 
 
-def answers(job: dict[str, Any]) -> dict:
-    """Appends to the file ``job["answers"]``, for each request, ``{"key", "answer", "repeats"}``: what plain decoding
-    answers, and whether it says the same in other company, with the prompt cached."""
-    llm = make_llm(job)
+class Plain:
+    """Plain decoding's answers, from a file or else from an engine, which is built when it is needed."""
 
-    def ask(requests: list[dict], at_once: int) -> list[list[dict]]:
+    def __init__(self, job: dict[str, Any]):
+        self.job, self.path, self.llm = job, Path(job["answers"]), None
+        self.known: dict[str, dict] = {}
+        for line in self.path.read_text().splitlines() if self.path.exists() else ():
+            # An interruption may have cut a line.
+            with contextlib.suppress(json.JSONDecodeError):
+                row = json.loads(line)
+                self.known[row["key"]] = row
+
+    def answers(self, requests: list[dict]) -> list[dict]:
+        """``{"answer", "repeats"}`` of each: what plain decoding says, and whether it says the same in other company,
+        with the prompt cached."""
+        missing = [request for request in requests if key_of(request) not in self.known]
+        chunks = [missing[i : i + CHUNK] for i in range(0, len(missing), CHUNK)]
+        for chunk in tqdm(chunks, desc="plain decoding", unit=f" x {CHUNK} requests", disable=not chunks):
+            rows = self._ask_twice(chunk)
+            with self.path.open("a") as out:
+                # Begins on a line of its own, whatever an interruption left.
+                out.write("".join(f"\n{json.dumps(row)}" for row in rows))
+            self.known |= {row["key"]: row for row in rows}
+        return [self.known[key_of(request)] for request in requests]
+
+    def _ask_twice(self, chunk: list[dict]) -> list[dict]:
+        order = random.Random(0).sample(range(len(chunk)), len(chunk))
+        first = self._ask(chunk, len(chunk))
+        again = dict(zip(order, self._ask([chunk[i] for i in order], 5), strict=True))
+        rows = []
+        for i, (request, answer) in enumerate(zip(chunk, first, strict=True)):
+            differences = [first_difference(b, a, True) for a, b in zip(answer, again[i], strict=True)]
+            repeats = is_repeatable(request) and not any(differences)
+            rows.append({"key": key_of(request), "answer": answer, "repeats": repeats})
+        return rows
+
+    def _ask(self, requests: list[dict], at_once: int) -> list[list[dict]]:
+        self.llm = self.llm or make_llm(self.job)
         parts = (requests[i : i + at_once] for i in range(0, len(requests), at_once))
         return [
             [sample_of(sample) for sample in output.outputs]
             for part in parts
-            for output in llm.generate(
+            for output in self.llm.generate(
                 [engine_prompt(request) for request in part],
                 [sampling_params(request["params"]) for request in part],
                 use_tqdm=False,
             )
         ]
 
-    with Path(job["answers"]).open("a") as out:
-        chunks = [job["requests"][i : i + CHUNK] for i in range(0, len(job["requests"]), CHUNK)]
-        for chunk in tqdm(chunks, desc="plain decoding", unit=f" x {CHUNK} requests", file=sys.stdout):
-            order = random.Random(0).sample(range(len(chunk)), len(chunk))
-            first = ask(chunk, len(chunk))
-            again = dict(zip(order, ask([chunk[i] for i in order], 5), strict=True))
-            for i, (request, answer) in enumerate(zip(chunk, first, strict=True)):
-                differences = [first_difference(b, a, True) for a, b in zip(answer, again[i], strict=True)]
-                row = {"key": key_of(request), "answer": answer}
-                row["repeats"] = is_repeatable(request) and not any(differences)
-                print(json.dumps(row), file=out)
-            out.flush()
-    return {}
+
+def pool(job: dict[str, Any]) -> list[dict[str, Any]]:
+    """First turns, then second ones, as ``soak_requests.Tally`` has them."""
+    from transformers import AutoTokenizer
+
+    tokens = AutoTokenizer.from_pretrained(job["engine"]["model"])(job["text"], verbose=False)["input_ids"]
+    plain, seed = Plain(job), job["seed"]
+    firsts = draw_requests(seed, job["requests"], tokens)
+    answers = plain.answers(firsts)
+    turns = second_turns(seed, firsts, [one["answer"] for one in answers], tokens)
+    answers += plain.answers([turn for _, turn in turns])
+    following = {first: len(firsts) + i for i, (first, _) in enumerate(turns)}
+    requests = firsts + [turn for _, turn in turns]
+    return [
+        {
+            "request": request,
+            "answer": one["answer"],
+            "repeats": one["repeats"],
+            "first": number < len(firsts),
+            "next": following.get(number),
+        }
+        for number, (request, one) in enumerate(zip(requests, answers, strict=True))
+    ]
 
 
 @dataclass
@@ -139,7 +192,7 @@ class Traffic:
         while (done := max((time.monotonic() - begin) / seconds, self.counts["requests"] / requests)) < 1 or self.live:
             if done < 1:
                 self.arrive()
-            if done > 1 / 3 and not warm:
+            if done > 1 / 3 and self.counts["requests"] > WARM_REQUESTS and not warm:
                 warm = psutil.Process().memory_info().rss
             for output in self.engine.step():
                 self.receive(output)
@@ -259,7 +312,7 @@ def main() -> None:
         vllm_main()
         return
     job = json.loads(Path(sys.argv[1]).read_text())
-    task = {"answers": answers, "traffic": traffic, "gaps": gaps}[job["task"]]
+    task = {"pool": pool, "traffic": traffic, "gaps": gaps}[job["task"]]
     Path(sys.argv[2]).write_text(json.dumps(task(job)))
 
 

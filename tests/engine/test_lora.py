@@ -11,9 +11,7 @@ from safetensors.torch import save_file
 
 RANK = 4
 # vLLM 0.32's CPU kernels give a row without adapter that of the last slot, which therefore stays empty.
-LORA = {"enable_lora": True, "max_loras": 3, "max_lora_rank": 8, "max_cpu_loras": 4, "lora_dtype": "float32"}
-# Of some projections alone.
-FEWER = {**LORA, "lora_target_modules": ["q_proj", "v_proj", "down_proj"]}
+LORA = {"enable_lora": True, "max_loras": 3, "max_lora_rank": 8}
 PARAMS = (
     {"temperature": 0.0, "logprobs": 2},
     {"temperature": 1.0, "top_p": 0.95, "seed": 5},
