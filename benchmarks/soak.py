@@ -336,11 +336,12 @@ def main(argv: list[str] | None = None) -> int:
         row = row_of(one, lives, time.monotonic() - start)
         failed |= bool(row["differences"] or row["problem"])
         for difference in differences:
-            print(f"DIFFERENCE {json.dumps(difference)}")
+            # The request itself is in the file.
+            print(f"DIFFERENCE { ({key: difference[key] for key in difference if key not in ('request', 'options')}) }")
         if row["problem"]:
             print(f"PROBLEM {row['problem']}")
         if single:
-            print(json.dumps(row, indent=1))
+            print(json.dumps({**row, "details": differences}, indent=1))
         else:
             record.add(row, differences)
     return int(failed)
