@@ -7,8 +7,9 @@ import sys
 
 import pytest
 
-# Its round 0 is offline with trees, eight requests at once and a KV pool that cannot hold them.
-SEED = "49"
+# Its round 0 is offline with trees, eight requests at once and a KV pool that cannot hold them; its round 2 over HTTP
+# with chains, as many nodes in every step.
+POOL = ["--seed", "49", "--requests", "60", "--round-seconds", "300"]
 PLANTED = """
 import sys
 sys.path[:0] = [{benchmarks!r}]
@@ -23,6 +24,12 @@ soak_worker.main()
 @pytest.fixture
 def soak():
     return importlib.import_module("soak")
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory) -> str:
+    """Plain decoding's answers, for both tests."""
+    return str(tmp_path_factory.mktemp("work"))
 
 
 def sample(**changes) -> dict:
@@ -68,10 +75,9 @@ def test_what_is_drawn_follows_from_the_seed(soak):
 
 @pytest.mark.e2e
 @pytest.mark.slow
-def test_nothing_differs_and_a_planted_defect_does(soak, tmp_path, monkeypatch, capsys):
+def test_nothing_differs_and_a_planted_defect_does(soak, work, tmp_path, monkeypatch, capsys):
     """Offline with a tiny pool of KV, then the same without compaction; the record goes on."""
-    common = ["--requests", "60", "--round-requests", "80", "--round-seconds", "300", "--rounds", "1"]
-    common += ["--work", str(tmp_path / "work"), "--output", str(tmp_path / "soak"), "--seed", SEED]
+    common = [*POOL, "--round-requests", "80", "--rounds", "1", "--work", work, "--output", str(tmp_path / "soak")]
     assert soak.main(common) == 0
     (row,) = json.loads((tmp_path / "soak.json").read_text())["rows"]
     assert row["served"] == "offline" and row["problem"] is None
@@ -94,11 +100,9 @@ def test_nothing_differs_and_a_planted_defect_does(soak, tmp_path, monkeypatch, 
 
 @pytest.mark.e2e
 @pytest.mark.slow
-def test_a_killed_engine_over_http(soak, tmp_path, capsys):
-    """Round 2 is over HTTP: clients are told, the server ends and is started again, nothing hangs."""
-    arguments = ["--requests", "30", "--round-requests", "40", "--round-seconds", "300", "--round", "2"]
-    arguments += ["--work", str(tmp_path)]
-    assert soak.main(arguments) == 0
+def test_a_killed_engine_over_http(soak, work, capsys):
+    """Clients are told, the server ends and is started again, nothing hangs."""
+    assert soak.main([*POOL, "--round-requests", "40", "--round", "2", "--work", work]) == 0
     out = capsys.readouterr().out
     row = json.loads(out[out.index("{\n") :])
     assert row["kills"] == row["restarts"] == 1 and row["clients told"] > 0
