@@ -22,7 +22,7 @@ from vllm_kvspec.kernels.reference_candidates import Candidates
 from vllm_kvspec.models.draft_head import KVSpecDraftModel
 from vllm_kvspec.models.drafting import draft_candidates
 from vllm_kvspec.models.target import head_logits, view_target
-from vllm_kvspec.tree import ranking_scale
+from vllm_kvspec.tree import RankingScales, ranking_scale
 
 # Contexts in the table, as in the engine.
 SLOTS = 1 << 18
@@ -118,7 +118,7 @@ class Run:
         noise = None
         if self.temperature > 0 and self.coupled:
             noise = noise_windows(text.seed, self.temperature, at, config.draft_block_size, config.vocab_size)
-        scale = ranking_scale(temperature, self.coupled, config.greedy_scale)
+        scale = ranking_scale(temperature, self.coupled, RankingScales.of(config))
         sizes = {"beam": self.beam, "width": self.width, "num_nodes": self.num_nodes}
         return Candidates(*draft_candidates(self.head, self.target, view, ids, at, noise, scale, **sizes))
 
