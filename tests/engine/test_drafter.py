@@ -98,7 +98,8 @@ def target() -> Qwen3ForCausalLM:
 
 def make_head(target, directory, **fields) -> draft_head.KVSpecDraftModel:
     torch.manual_seed(1)
-    fields = dict(num_hidden_layers=2, draft_block_size=BLOCK, transition_rank=8) | fields
+    shape = dict(num_hidden_layers=2, draft_block_size=BLOCK, transition_rank=8)
+    fields = shape | dict(greedy_scale=0.4, coupled_scale=0.7) | fields
     head = draft_head.KVSpecDraftModel(draft_head.head_config_for(target.config, **fields)).eval()
     for module in head.modules():
         # They start at zero, which would hide every mistake behind them.
