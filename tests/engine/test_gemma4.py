@@ -19,6 +19,7 @@ from transformers.utils import is_torchvision_available
 from vllm.engine.arg_utils import EngineArgs
 
 from vllm_kvspec import doctor
+from vllm_kvspec.engine import ops
 from vllm_kvspec.engine.budget.scheduler import create_budget
 from vllm_kvspec.eval.acceptance import evaluate
 from vllm_kvspec.eval.recycle import Run
@@ -118,6 +119,16 @@ def test_oracle_trees(serve, check, oracle_files, kind):
         check(llm, kind, CORE)
         counters = spec_counters(llm)
     assert counters["accepted_tokens"] / counters["drafts"] > 1.0
+
+
+@pytest.mark.parametrize("times", [0, 2])
+def test_oracle_trees_can_fail(serve, plain, oracle_files, monkeypatch, times):
+    """Rows that stay where they were, and rows that move once for every layer that reads them."""
+    compact = ops.kv_compact
+    monkeypatch.setattr(ops, "kv_compact", lambda *args: [compact(*args) for _ in range(times)])
+    keys = {"drafter": "oracle", "oracle_file": oracle_files["small"], "num_speculative_tokens": 14}
+    with serve("small", keys) as llm:
+        assert generate(llm, [requests_mix.greedy_batch()])[0] != plain["small"]["greedy"]
 
 
 @pytest.mark.parametrize("kind", ["small", "dense"])
