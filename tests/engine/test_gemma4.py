@@ -300,7 +300,8 @@ def test_grafts_on_an_assistants_trees(learned, make_engine, spec, temperature):
     assert [a[0]["token_ids"] for a in answers] == [text.input_ids[text.prompt_length :][:32] for text in texts]
     assert counters["drafts"] == sum(map(len, run.accepted))
     assert counters["accepted_tokens"] == sum(map(sum, run.accepted)) == sum(run.sources.values())
-    assert {"head", "two tokens", "own text"} <= set(run.sources)
+    # What is sampled from random weights never comes again.
+    assert ({"head"} if temperature else {"head", "two tokens", "own text"}) <= set(run.sources)
 
 
 def texts_for_eval(target: str, assistant: str, *, depth: int, length: int, temperature: float):
