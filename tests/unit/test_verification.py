@@ -179,7 +179,7 @@ def test_the_study_runs_on_the_tiny_pair(tmp_path, monkeypatch):
     methods.main()
     tables = (tmp_path / "methods.md").read_text().partition("## ")[2]
     # The same command again takes every text from where it was kept.
-    monkeypatch.setattr(methods, "measure", None)
+    monkeypatch.setattr(methods, "measure", lambda *_: pytest.fail("measured again"))
     methods.main()
     assert (tmp_path / "methods.md").read_text().partition("## ")[2] == tables
     assert all(label in tables for label, _, _ in methods.METHODS.values())
