@@ -101,6 +101,7 @@ def test_a_head_that_drafts_a_part_of_the_vocabulary_needs_only_that_part():
     truth = torch.randint(9, (200, 3))
     whole, part = (verification.path_odds(log_p, log_q, truth, ids) for ids in (None, draft_ids))
     assert part.log_ratio.shape == (200, 3, 4)
+    torch.testing.assert_close(part.below, whole.below)
     rules = {name: rule(whole) - rule(part) for name, rule in verification.SINGLE.items()}
     rules |= {name: rule(whole, 3) - rule(part, 3) for name, rule in verification.MULTI.items()}
     rules["optimum"] = verification.optimal_first(whole, 3) - verification.optimal_first(part, 3)
