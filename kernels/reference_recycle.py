@@ -333,10 +333,12 @@ class _Tree:
         confidence = 1 - math.exp(-MATCH_RATE * min(longest, LONGEST))
         weights = [math.exp(LENGTH_RATE * (n + depth - longest) - PLACE_RATE * place) for place, n, _ in alive]
         before, earlier = self._before(node)
-        entries, trust, key = self._entries(table, before, token) if before >= 0 else [], PAIR_TRUST, TWO_TOKENS
-        if not entries:
-            entries, trust, key = self._entries(table, -1, token), TOKEN_TRUST, ONE_TOKEN
-        guesses = self._entries(table, earlier, before) or self._entries(table, -1, before)
+        keys = [(before, token), (-1, token), (earlier, before), (-1, before)]
+        pair, alone, over, other = self._entries(table, keys)
+        entries, trust, key = alone, TOKEN_TRUST, ONE_TOKEN
+        if before >= 0 and pair:
+            entries, trust, key = pair, PAIR_TRUST, TWO_TOKENS
+        guesses = over or other
         left = GUESS_TRUST * (1 - trust if entries else 1)
         found = [(key, child, (1 - confidence) * trust * math.exp(log_prob)) for child, log_prob in entries]
         found += [
@@ -346,15 +348,15 @@ class _Tree:
         found += [(GUESS, child, (1 - confidence) * left * math.exp(lp)) for child, lp in guesses if child != token]
         return found
 
-    def _entries(self, table: RecycleTable, before: int, token: int) -> list[tuple[int, float]]:
-        """What the table has for the two tokens, or with ``before`` -1 for one: (successor, log-probability)."""
-        if token < 0:
-            return []
-        key = torch.tensor([self.owner]), torch.tensor([before]), torch.tensor([token])
-        slot = int(slot_of(*key, len(table.owner)))
-        if table.owner[slot] != self.owner or table.context[slot] != context_of(*key[1:]):
-            return []
-        return list(zip(table.token[slot].tolist(), table.log_prob[slot].tolist(), strict=True))
+    def _entries(self, table: RecycleTable, keys: list[tuple[int, int]]) -> list[list[tuple[int, float]]]:
+        """What the table has for each (token before, token), the first -1 for keys of one token, the second -1 for
+        none: (successor, log-probability)."""
+        before, token = torch.tensor(keys, device=table.owner.device).T
+        owner = torch.full_like(token, self.owner)
+        slots = slot_of(owner, before, token, len(table.owner))
+        known = (token >= 0) & (table.owner[slots] == owner) & (table.context[slots] == context_of(before, token))
+        found = zip(table.token[slots].tolist(), table.log_prob[slots].tolist(), known.tolist(), strict=True)
+        return [list(zip(tokens, log_probs, strict=True)) if there else [] for tokens, log_probs, there in found]
 
     def columns(self, size: int) -> tuple[list[int], list[int], list[int], list[int]]:
         """Tokens, parents, depths and ancestor masks; unused nodes continue as a chain."""
