@@ -333,7 +333,7 @@ def test_where_a_path_comes_from():
     none = torch.zeros(1, twin.MATCHES, dtype=torch.int32)
     # 12 after 13: what else could have stood there. 5 is named by nobody.
     assert twin.path_sources(table, none, [10, 13, 12, 5], **known) == ["two tokens", "one token", "guess"]
-    again = one_text("cpu", 1, 2, 10, 12, 7, 1, 2)
+    again = one_text("cpu", 4, 2, 10, 12, 7, 1, 2)
     matches = twin.own_matches(again["text"], again["request"], again["base"])
     known |= {"text": again["text"], "base": again["base"]}
     assert twin.path_sources(table, matches, [10, 12, 7], **known) == ["two tokens", "own text", "own text"]
