@@ -277,6 +277,20 @@ def test_a_head_and_the_table_grow_one_tree(device, ours):
 
 
 @AND_TWIN
+def test_a_long_match_leaves_a_head_little_room(device, ours):
+    """A head that is sure of another token comes before a short match, and after a long one."""
+    columns = torch.tensor([[-0.03]]), torch.tensor([[99]]), torch.tensor([[-1]]).int()
+    head = Candidates(*(column.to(device) for column in columns))
+    for length, first in ((1, 99), (twin.LONGEST, 30)):
+        again = range(30 - length, 30)
+        arguments = one_text(device, *again, 30, 5, *again, size=1, num_nodes=1)
+        matches = ours.own_matches(arguments["text"], arguments["request"], arguments["base"])
+        assert int(matches[0, 0]) >> twin.POSITION_BITS == length
+        tokens, *_ = ours.recycle_tree(twin.empty_table(64, device), matches, **arguments, head=head, head_width=1)
+        assert tokens.tolist() == [[first]]
+
+
+@AND_TWIN
 @pytest.mark.parametrize("slots", [1024, 2])
 def test_another_owner_is_told_nothing(device, ours, slots):
     """Not even where both look into the same slot, as all do in the smallest table."""
