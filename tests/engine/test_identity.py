@@ -40,7 +40,8 @@ def test_oracle_trees(oracle_file, make_engine, spec, check):
 
 
 def test_triton_kernels(spec, script, reference, same):
-    """The same engine on the Triton kernels, interpreted, instead of those compiled for the CPU."""
+    """The same engine on the Triton kernels, interpreted, instead of those compiled for the CPU: the head's and, by its
+    grafts, those that draft without one."""
     job = {
         "engine": {"speculative_config": spec(6)},
         "batches": [BATCHES["logprobs"]()],

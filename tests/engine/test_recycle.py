@@ -55,15 +55,6 @@ def test_grafted_onto_a_heads_trees(check, make_engine, spec, keys, gain):
     assert accepted[1] > accepted[0] + gain
 
 
-def test_triton_kernels(recycle, script, reference, same):
-    """The Triton kernels, interpreted, instead of those compiled for the CPU."""
-    job = {"engine": {"speculative_config": recycle(4)}, "batches": [BATCHES["logprobs"]()], "kernels": "triton"}
-    result = script(job)
-    assert result["kernels"] == "triton"
-    same(result["outputs"], [reference["logprobs"]])
-    assert result["counters"]["accepted_tokens"] > 0
-
-
 def test_chunked_prefill(check, make_engine, recycle):
     with make_engine(recycle(8), max_num_batched_tokens=48, max_num_seqs=5, enable_chunked_prefill=True) as llm:
         check(llm, (*CORE, "mixed"))
