@@ -7,9 +7,9 @@ accepted when it carries that token. Whatever the tree, the emitted tokens are t
 positions, so the output equals plain decoding, token for token under the same seed. A node is accepted with probability
 p(children).
 
-Two settings of vLLM's ``rejection_sample_method`` give up on that: "fly" (FLy, arXiv 2511.22972) goes on to a draft that
-the target did not sample where it was unsure and the draft's continuation is what it would say (``loose_scores``), and
-"synthetic" forces acceptance for benchmarks (``engine/verify/synthetic.py``).
+Two values of vLLM's ``rejection_sample_method`` give up on that: "fly" (FLy, arXiv 2511.22972) goes on to a token that
+the target did not sample, where it was unsure and samples what is drafted behind that token (``loose_scores``);
+"synthetic" forces acceptance, for benchmarks (``engine/verify/synthetic.py``).
 """
 
 from dataclasses import replace
