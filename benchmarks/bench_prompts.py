@@ -27,15 +27,19 @@ from bench_engine import run
 V1_ON_CPU = ("native", "ngram", "eagle3")
 METHODS = (
     "native", "none", "ngram", "recycle", "recycle-auto", "chain", "8", "16", "32", "uncoupled", "auto", "graft",
-    "graft-auto",
+    "graft-auto", "fly", "fly-3", "fly-1",
 )  # fmt: skip
+EXACT = tuple(method for method in METHODS if not method.startswith("fly"))
 METHOD = (
     "ngram, eagle3: vLLM's, 5 tokens. recycle: kvspec without a head, 16 nodes, one table for all prompts. chain, 8, "
     "16, 32: the head. uncoupled: 16 nodes without the target's noise. graft: 16 nodes of head and recycle. -auto: at "
-    "most 16 nodes, as many as pay, which is what a server does by default.\n\n"
+    "most 16 nodes, as many as pay, which is what a server does by default. fly: graft with the lossy acceptance of "
+    "docs/lossy.md, its window 6 nodes or the number named.\n\n"
     "tau: tokens per engine step of a request that is alone, after its prompt's; mean over prompts and its standard "
     "error. identical: texts equal to those without speculation (a difference can be a near-tie of logits that two "
-    "batch shapes round differently). tokens/s: prompts and prefill included; the categories one after another."
+    "batch shapes round differently). first difference: tokens before it, mean over the texts that differ. log-prob: "
+    "of a token under the target, mean over texts and its standard error. tokens/s: prompts and prefill included; the "
+    "categories one after another."
 )
 
 
@@ -47,11 +51,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--eagle3", metavar="CHECKPOINT", help="also vLLM's own method, with what vllm-kvspec export wrote"
     )
     parser.add_argument("--prompts", type=Path, required=True)
-    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
+    parser.add_argument("--methods", nargs="+", default=EXACT, choices=METHODS)
     parser.add_argument("--num-prompts", type=int, default=40)
     parser.add_argument("--max-tokens", type=int, default=128)
     parser.add_argument("--temperatures", nargs="+", type=float, default=[0.0, 0.7, 1.0])
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8], help="requests at a time; 1 is needed for tau")
+    parser.add_argument("--log-probs", action="store_true", help="also of each text under the target")
     parser.add_argument("--rounds", type=int, default=1, help="of all prompts; the fastest counts")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--max-model-len", type=int, default=2048)
@@ -97,6 +102,9 @@ def speculative_config(method: str, head: str, eagle3: str | None = None) -> dic
         return kvspec | {"draft_noise": "none"}
     if method.startswith("graft"):
         return kvspec | {"graft": True}
+    if method.startswith("fly"):
+        window = int(method.partition("-")[2] or 6)
+        return kvspec | {"graft": True, "rejection_sample_method": "fly", "fly_window_size": window}
     return kvspec | ({"num_speculative_tokens": int(method)} if method.isdigit() else {})
 
 
@@ -115,7 +123,7 @@ def job(arguments: argparse.Namespace, method: str, prompts: list[dict]) -> dict
         engine |= {"enforce_eager": True, "kv_cache_memory_bytes": 2 << 30, "block_size": 32}
         if method == "none":
             engine["worker_cls"] = "vllm_kvspec.engine.cpu.worker.PlainV2CPUWorker"
-    keys = ("temperatures", "batch", "max_tokens", "rounds")
+    keys = ("temperatures", "batch", "max_tokens", "rounds", "log_probs")
     return {
         "engine": engine | arguments.engine,
         "prompts": [prompt["text"] for prompt in prompts],
@@ -138,10 +146,20 @@ def rows_of(method: str, found: list[dict], plain: list[dict]) -> list[dict[str,
         # Model Runner V1 draws other noise.
         comparable = one["temperature"] == 0 or torch.cuda.is_available() or method not in V1_ON_CPU
         if expected and method != "none" and comparable:
-            same = sum(have == want for have, want in zip(one["token_ids"], expected, strict=True))
-            row["identical"] = f"{same} of {len(expected)}"
+            pairs = list(zip(one["token_ids"], expected, strict=True))
+            row["identical"] = f"{sum(have == want for have, want in pairs)} of {len(expected)}"
+            if alike := [common_tokens(have, want) for have, want in pairs if have != want]:
+                row["first difference"] = statistics.mean(alike)
+        if means := one.get("log_probs"):
+            row["log-prob"] = statistics.mean(means)
+            row["its standard error"] = statistics.stdev(means) / len(means) ** 0.5
         rows.append(row | {"tokens/s": sum(map(len, one["token_ids"])) / sum(one["seconds"])})
     return rows
+
+
+def common_tokens(one: list[int], other: list[int]) -> int:
+    """Tokens before the first difference."""
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
 def by_category(prompts: list[dict], values: list[float]) -> dict[str, list[float]]:

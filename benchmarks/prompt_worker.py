@@ -17,20 +17,24 @@ def engine_steps(llm) -> int:
 
 
 def measure(llm, prompts: list[dict], temperature: float, batch: int, job: dict[str, Any]) -> dict[str, Any]:
-    """All prompts, ``batch`` at a time: token ids, seconds of each part, and alone the tokens per step of each prompt.
+    """All prompts, ``batch`` at a time: token ids, seconds of each part, and alone the tokens per step of each prompt;
+    where asked for, the mean log-probability of each text's tokens.
 
     Parts are the categories, or alone the prompts. Seconds are those of the fastest round. Tokens per step are those of
     the first and of the last round: with prefix caching the last one finds its prompts in the cache.
     """
     from vllm import SamplingParams
 
+    logprobs = 0 if job.get("log_probs") else None
     params = [
-        SamplingParams(temperature=temperature, max_tokens=job["max_tokens"], seed=i) for i in range(len(prompts))
+        SamplingParams(temperature=temperature, max_tokens=job["max_tokens"], seed=i, logprobs=logprobs)
+        for i in range(len(prompts))
     ]
     # The engine takes as many at a time as it may; fewer are given to it in parts.
     names = job["categories"] if batch > 1 else range(len(prompts))
     parts = [[i for i, name in enumerate(names) if name == part] for part in dict.fromkeys(names)]
     token_ids: list[list[int]] = [[]] * len(prompts)
+    log_probs = [0.0] * len(prompts)
     seconds, taus = [float("inf")] * len(parts), []
     for _ in range(job["rounds"]):
         taus.append([])
@@ -40,6 +44,8 @@ def measure(llm, prompts: list[dict], temperature: float, batch: int, job: dict[
             seconds[number] = min(seconds[number], time.perf_counter() - start)
             for i, output in zip(part, outputs, strict=True):
                 token_ids[i] = list(output.outputs[0].token_ids)
+                if logprobs is not None:
+                    log_probs[i] = output.outputs[0].cumulative_logprob / len(token_ids[i])
             # The prompt's step gives one token.
             taus[-1].append((len(token_ids[part[0]]) - 1) / max(1, engine_steps(llm) - before - 1))
     return {
@@ -48,6 +54,7 @@ def measure(llm, prompts: list[dict], temperature: float, batch: int, job: dict[
         "token_ids": token_ids,
         "taus": taus[0] if batch == 1 else None,
         "taus_again": taus[-1] if batch == 1 and job["rounds"] > 1 else None,
+        "log_probs": None if logprobs is None else log_probs,
         "parts": parts,
         "seconds": seconds,
     }
