@@ -98,8 +98,8 @@ def test_recycled_drafts_are_accepted_as_predicted(target, make_engine, spec, ke
 
 
 def test_a_lossy_text_is_drafted_as_predicted(target, make_engine, spec):
-    """FLy: along the text that came out, the exact walk accepts what the engine's lossy one did. So after a token that is
-    not the target's the head reads the KV and the hidden state of that very token."""
+    """FLy: along the text that came out the exact walk accepts what the engine's lossy one did. So after a token that
+    is not the target's the head reads the KV and the hidden state of that very token."""
     head = KVSpecDraftModel.from_pretrained(HEAD, dtype=torch.float32).eval()
     longer = MAX_TOKENS + head.config.draft_block_size - 1
     exact = texts_of(target, longer, temperature=0.0)
