@@ -27,7 +27,7 @@ from bench_engine import run
 V1_ON_CPU = ("native", "ngram", "eagle3")
 METHODS = (
     "native", "none", "ngram", "recycle", "recycle-auto", "chain", "8", "16", "32", "uncoupled", "auto", "graft",
-    "graft-auto", "fly", "fly-3", "fly-1",
+    "graft-auto", "fly", "fly-2", "fly-1",
 )  # fmt: skip
 EXACT = tuple(method for method in METHODS if not method.startswith("fly"))
 METHOD = (
