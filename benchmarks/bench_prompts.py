@@ -246,7 +246,7 @@ def gathered(answers: list[dict], prompts: list[dict], rounds: int) -> list[dict
         for answer in group:
             for i, ids in zip(answer["prompts"], answer["token_ids"], strict=True):
                 token_ids[i] = ids
-            log_probs |= zip(answer["prompts"], answer.get("log_probs") or (), strict=False)
+            log_probs |= zip(answer["prompts"], answer.get("log_probs", ()), strict=False)
         # The prompt's step gives one token.
         taus = [[(len(one["token_ids"][0]) - 1) / max(1, one["steps"] - 1) for one in round_] for round_ in by_round]
         seconds = zip(*([one["seconds"] for one in round_] for round_ in by_round), strict=True)
