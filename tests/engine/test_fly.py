@@ -84,7 +84,7 @@ def test_what_a_request_asks_for_still_holds(make_engine, spec):
     """Grammars, allowed tokens, bad words, min_tokens: what the target may not say is not followed either. And the same
     requests with the same drafts are told the same again, at temperature 1 too."""
     regexes = (r"(yes|no|maybe)( and (yes|no|maybe)){4}", r"[0-9]{4}-[0-9]{2}-[0-9]{2}", r"(ab|cd|ef){8}")
-    grammar = {"temperature": 0.0, "ignore_eos": False}
+    grammar = {"temperature": 0.0, "ignore_eos": False, "max_tokens": 64}
     batch = [request(9 + 8 * i, 170 * i, regex=regex, **grammar) for i, regex in enumerate(regexes)]
     allowed = list(range(100, 400))
     batch += [
