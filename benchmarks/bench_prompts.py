@@ -28,13 +28,14 @@ import torch
 from bench_engine import worker_environment
 
 from vllm_kvspec.eval.statistics import ratio_and_error
+from vllm_kvspec.eval.texts import Text, repeated_share
 
 # On a CPU "native" is what vLLM serves with there, Model Runner V1 ("ngram" and "eagle3" as well); "none" is Model
 # Runner V2, on which kvspec runs.
 V1_ON_CPU = ("native", "ngram", "eagle3")
 METHODS = (
     "native", "none", "ngram", "recycle", "recycle-auto", "chain", "8", "16", "32", "uncoupled", "auto", "graft",
-    "graft-auto", "fly", "fly-2", "fly-1",
+    "graft-auto", "fly", "fly-4", "fly-2",
 )  # fmt: skip
 EXACT = tuple(method for method in METHODS if not method.startswith("fly"))
 METHOD = (
@@ -45,8 +46,9 @@ METHOD = (
     "tau: tokens per engine step of a request that is alone, after its prompt's; mean over prompts and its standard "
     "error. identical: texts equal to those without speculation (a difference can be a near-tie of logits that two "
     "batch shapes round differently). first difference: tokens before it, mean over the texts that differ. log-prob: "
-    "of a token under the target, mean over texts and its standard error. tokens/s: prompts and prefill included; the "
-    "categories one after another."
+    "of a token under the target, mean over texts and its standard error; high also where a text repeats itself, so "
+    "repeated: the share of a text's tokens that end 4 which it had before. tokens/s: prompts and prefill included; "
+    "the categories one after another."
 )
 
 
@@ -63,7 +65,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--max-tokens", type=int, default=128)
     parser.add_argument("--temperatures", nargs="+", type=float, default=[0.0, 0.7, 1.0])
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8], help="requests at a time; 1 is needed for tau")
-    parser.add_argument("--log-probs", action="store_true", help="also of each text under the target")
+    parser.add_argument(
+        "--log-probs", action="store_true", help="also each text's, under the target, and its repetition"
+    )
     parser.add_argument("--rounds", type=int, default=1, help="of all prompts; the fastest counts")
     parser.add_argument("--interleave", action="store_true", help="all engines in memory, each part by all in turn")
     parser.add_argument("--dtype", default="float32")
@@ -286,6 +290,7 @@ def rows_of(method: str, found: list[dict], plain: list[dict]) -> list[dict[str,
         if means := one.get("log_probs"):
             row["log-prob"] = statistics.mean(means)
             row["its standard error"] = statistics.stdev(means) / len(means) ** 0.5
+            row["repeated"] = statistics.mean(repeated_share(Text(ids, 0, 0), order=4) for ids in one["token_ids"])
         rows.append(row | {"tokens/s": sum(map(len, one["token_ids"])) / sum(one["seconds"])})
     return rows
 
