@@ -40,9 +40,9 @@ METHODS = (
 EXACT = tuple(method for method in METHODS if not method.startswith("fly"))
 METHOD = (
     "ngram, eagle3: vLLM's, 5 tokens. recycle: kvspec without a head, 16 nodes, one table for all prompts. chain, 8, "
-    "16, 32: the head. uncoupled: 16 nodes without the target's noise. graft: 16 nodes of head and recycle. -auto: at "
-    "most 16 nodes, as many as pay, which is what a server does by default. fly: graft with the lossy acceptance of "
-    "docs/lossy.md, its window 6 nodes or the number named.\n\n"
+    "16, 32: the head alone. uncoupled: 16 nodes without the target's noise. graft: 16 nodes of head and recycle. "
+    "auto, -auto: at most 16 nodes, as many as pay; graft-auto is what a server does by default. fly: graft with the "
+    "lossy acceptance of docs/lossy.md, its window 6 nodes or the number named.\n\n"
     "tau: tokens per engine step of a request that is alone, after its prompt's; mean over prompts and its standard "
     "error. identical: texts equal to those without speculation (a difference can be a near-tie of logits that two "
     "batch shapes round differently). first difference: tokens before it, mean over the texts that differ. log-prob: "
@@ -106,14 +106,13 @@ def speculative_config(method: str, head: str, eagle3: str | None = None) -> dic
         return {"method": "eagle3", "model": eagle3, "num_speculative_tokens": 5}
     kvspec = {"method": "kvspec", "num_speculative_tokens": 16, "budget": "auto" if "auto" in method else "fixed"}
     if not method.startswith("recycle"):
-        kvspec["model"] = head
+        # The head alone, unless the method says otherwise.
+        kvspec |= {"model": head, "graft": method.startswith("graft")}
     if method == "chain":
         del kvspec["num_speculative_tokens"]
         return kvspec | {"tree": "chain"}
     if method == "uncoupled":
         return kvspec | {"draft_noise": "none"}
-    if method.startswith("graft"):
-        return kvspec | {"graft": True}
     if method.startswith("fly"):
         window = int(method.partition("-")[2] or 6)
         return kvspec | {"graft": True, "rejection_sample_method": "fly", "fly_window_size": window}

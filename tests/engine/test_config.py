@@ -70,6 +70,7 @@ def test_defaults():
     config = configure(kvspec()).speculative_config
     assert isinstance(config, KVSpecConfig)
     assert (config.tree, config.draft_noise, config.drafter, config.tree_width) == ("auto", "coupled", "head", 4)
+    assert config.graft is True
     assert config.num_speculative_tokens == 2 * config.draft_model_config.hf_config.draft_block_size
 
 
@@ -79,6 +80,23 @@ def test_without_a_head(spec):
     assert (config.drafter, config.head_config, config.num_speculative_tokens) == ("recycle", None, 16)
     assert config.auto_sizes == [0, 2, 4, 8, 16]
     assert pickle.loads(pickle.dumps(config)).drafter == "recycle"
+
+
+@pytest.mark.parametrize(
+    ("keys", "graft"),
+    [
+        ({"tree": "chain", "num_speculative_tokens": 4}, True),
+        ({"tree_width": 8}, True),
+        ({"graft": False}, False),
+        ({"tree": [2, 1]}, False),
+        ({"tree_width": 9}, False),
+        ({"drafter": "random"}, False),
+        ({"model": None}, False),
+    ],
+    ids=str,
+)
+def test_grafts_wherever_they_can_be(keys, graft):
+    assert configure(kvspec(**keys)).speculative_config.graft is graft
 
 
 @pytest.mark.parametrize(
@@ -126,7 +144,7 @@ def test_synthetic_rates_are_by_depth():
     [
         ({}, 6),
         ({"num_speculative_tokens": 4}, 3),
-        ({"num_speculative_tokens": 4, "graft": True, "fly_window_size": 3}, 3),
+        ({"graft": False, "tree_depth": 3}, 2),
         ({"tree": "chain", "num_speculative_tokens": 3}, 2),
         ({"tree": [2, 1]}, 1),
         ({"tree_depth": 4, "fly_window_size": 2, "fly_entropy_threshold": 0, "fly_entropy_top_k": 3}, 2),
@@ -173,7 +191,7 @@ def test_repr_is_one_line():
         ({"synthetic_acceptance_length": 2.0}, ["rejection_sample_method='synthetic'"]),
         ({**SYNTHETIC, "synthetic_acceptance_length": 9.5}, ["the tree's depth, 8", "at most 9", "found 9.5"]),
         ({**SYNTHETIC, "synthetic_acceptance_rates": [0.5] * 9}, ["must be 0 beyond the tree's depth, 8"]),
-        ({**FLY, "fly_window_size": 8}, ["below the depth of the tree, 8", "found 8"]),
+        ({**FLY, "graft": False, "fly_window_size": 8}, ["below the depth of the tree, 8", "found 8"]),
         ({**FLY, "fly_window_size": 0}, ["at least 1", "found 0"]),
         ({**FLY, "tree": [4]}, ["below the depth of the tree, 1"]),
         ({**FLY, "fly_entropy_threshold": -0.1}, ["at least 0", "found -0.1"]),

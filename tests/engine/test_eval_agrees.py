@@ -67,7 +67,7 @@ def served(make_engine, spec_config: dict, texts: list[Text], temperature: float
 def test_the_engine_drafts_and_accepts_what_was_predicted(offline, make_engine, spec, tree):
     head, texts, predicted = offline
     keys = {"tree": "chain", "num_speculative_tokens": 8} if tree == "chain" else {"num_speculative_tokens": NUM_NODES}
-    counters = served(make_engine, spec(model=head, **keys), texts)
+    counters = served(make_engine, spec(model=head, graft=False, **keys), texts)
     acceptance = predicted[tree]
     print(f"{tree}: {acceptance.drafts:.0f} drafts, tau {acceptance.tau:.3f}; engine {counters}")
     assert counters["drafts"] == acceptance.drafts > 20
@@ -109,7 +109,7 @@ def test_a_lossy_text_is_drafted_as_predicted(target, make_engine, spec):
         params = {"max_tokens": max_tokens, "temperature": 0.0, "ignore_eos": True}
         return [{"prompt": text.input_ids[: text.prompt_length], "params": params} for text in exact]
 
-    with make_engine(spec(NUM_NODES, **fly)) as llm:
+    with make_engine(spec(NUM_NODES, graft=False, **fly)) as llm:
         (written,) = generate(llm, [batch(longer)])
         before = spec_counters(llm)
         generate(llm, [batch(MAX_TOKENS)])

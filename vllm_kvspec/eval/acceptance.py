@@ -84,15 +84,17 @@ def text_acceptance(
     coupled: bool = True,
     beam: int = 8,
     width: int = 4,
+    view: TargetView | None = None,
 ) -> dict[str, torch.Tensor]:
     """Accepted tokens at every anchor of one text: ``{"chain": [P], "8": [P], ...}`` int64, on the CPU.
 
-    ``coupled`` draws the candidates with the target's noise when ``temperature`` is above 0.
+    ``coupled`` draws the candidates with the target's noise when ``temperature`` is above 0. ``view``: of the text, if
+    there is one already.
     """
     config, device = head.config, target.device
     block = config.draft_block_size
     ids = torch.tensor([text.input_ids], device=device)
-    view = view_target(target, config, ids)
+    view = view or view_target(target, config, ids)
     found: dict[str, list[torch.Tensor]] = {"chain": [], **{str(n): [] for n in num_nodes}}
     for base in anchor_batches(text, head, device):
         truth = ids[0, base[:, None] + 1 + torch.arange(block, device=device)]

@@ -62,8 +62,8 @@ class Run:
         """
         if self.window and len(text.input_ids) + self.num_nodes > self.window:
             raise ValueError(
-                f"Without a head, texts must fit the target's sliding window of {self.window} tokens; found one of "
-                f"{len(text.input_ids)}. Ask for fewer tokens."
+                f"Without a head or with grafts, texts must fit the target's sliding window of {self.window} tokens; "
+                f"found one of {len(text.input_ids)}. Ask for fewer tokens, or with a head for --no_graft."
             )
         ids = torch.tensor([text.input_ids], device=self.target.device)
         cache = DynamicCache(config=self.target.config)
