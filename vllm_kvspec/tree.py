@@ -10,10 +10,11 @@ from collections.abc import Sequence
 import torch
 
 from vllm_kvspec.kernels import reference_candidates
-from vllm_kvspec.kernels.reference_candidates import Candidates, Level, plan_levels, ranking_scale
+from vllm_kvspec.kernels.reference_candidates import Candidates, Level, RankingScales, plan_levels, ranking_scale
 
 __all__ = [
     "MAX_NODES",
+    "RankingScales",
     "ancestor_masks",
     "chain_parents",
     "check_parents",

@@ -166,7 +166,7 @@ def test_drafts_that_depend_on_all_before(directory, report, tmp_path, capsys, g
 def test_grafts_need_a_head(directory, tmp_path):
     command = eval_command(directory / "texts.jsonl", tmp_path / "report.json")
     at = command.index("--draft_model")
-    with pytest.raises(ValueError, match="Grafts are measured on heads of ours"):
+    with pytest.raises(ValueError, match="Grafts need a head"):
         main([*command[:at], *command[at + 2 :], "--graft"])
 
 

@@ -18,7 +18,7 @@ from vllm_kvspec.kernels.reference import tree_build
 from vllm_kvspec.models.draft_head import KVSpecDraftModel
 from vllm_kvspec.models.drafting import block_rows, expand_block
 from vllm_kvspec.models.target import TargetView, view_target
-from vllm_kvspec.tree import num_candidates, ranking_scale
+from vllm_kvspec.tree import RankingScales, num_candidates, ranking_scale
 
 
 @dataclass
@@ -51,7 +51,7 @@ def row_acceptance(
     for base in anchor_batches(text, head, device):
         truth = ids[0, base[:, None] + 1 + torch.arange(block, device=device)]
         temperatures = torch.full((len(base),), temperature, device=device)
-        scale = ranking_scale(temperatures, True, config.greedy_scale)
+        scale = ranking_scale(temperatures, True, RankingScales.of(config))
         noise = noise_windows(text.seed, temperature, base, block, config.vocab_size) if temperature > 0 else None
         parts: dict[int, list[torch.Tensor]] = {n: [] for n in num_nodes}
         rows = block_rows(head, target, view, ids, base)

@@ -65,17 +65,14 @@ def measure(
     are kept for the next head, or None. ``name``: what ``compare`` calls the head; heads of the same name are
     seeds of one recipe. ``output``: where the report is written after every run; the runs that an interrupted
     measurement of the same left there are taken over. Raises ValueError when no text is long enough for a block, for a
-    ``tree_depth`` without an assistant, and for ``graft`` without a head of ours.
+    ``tree_depth`` without an assistant, and for ``graft`` without a head.
     """
     if tree_depth is not None and not (draft_model and is_assistant(draft_model)):
         raise ValueError(
             f"tree_depth is for an assistant's trees, got {tree_depth} with draft_model {draft_model}; leave it out."
         )
-    if graft and (draft_model is None or is_assistant(draft_model)):
-        raise ValueError(
-            f"Grafts are measured on heads of ours, found --graft with draft_model {draft_model}; leave it out, or "
-            "serve the two and read vLLM's counters."
-        )
+    if graft and draft_model is None:
+        raise ValueError("Grafts need a head to graft onto, found --graft without --draft_model; leave it out.")
     target, tokenizer = load_target(target_model, getattr(torch, dtype))
     fingerprint = target_fingerprint(target.config.get_text_config(), tokenizer)
     head, block, sizes = None, recycle.CHAIN, [n for n in num_nodes if n <= MAX_NODES]
