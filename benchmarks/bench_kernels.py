@@ -34,7 +34,7 @@ METHOD = (
     "once per level. Every row agreed with its torch twin first: relative error is the largest difference over its "
     "largest value."
 )
-KERNELS = (*ATTENTION, "kv_compact", *SMALL_KERNELS, *WHOLE_VOCABULARY)
+KERNELS = (*ATTENTION, "kv_compact", *SMALL_KERNELS, *WHOLE_VOCABULARY, "loose_scores")
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -85,6 +85,8 @@ def cases(arguments: argparse.Namespace, device: torch.device) -> Iterator[tuple
                 # Cache, pristine copy and the twin's.
                 "kv_compact": 3 * arguments.num_layers * batch * keys * token,
                 "gumbel_noise": 8 * batch * geometry.draft_block_size * geometry.vocab_size,
+                # The twin's probabilities beside the logits.
+                "loose_scores": 12 * batch * shape.get("rows", 0) * geometry.vocab_size,
                 # The twin's scores of every parent, three times.
                 "tree_candidates": 100 * batch * geometry.vocab_size,
                 # The twin compares every row with every other.

@@ -28,21 +28,27 @@ import torch
 from bench_engine import worker_environment
 
 from vllm_kvspec.eval.statistics import ratio_and_error
+from vllm_kvspec.eval.texts import Text, repeated_share
 
 # On a CPU "native" is what vLLM serves with there, Model Runner V1 ("ngram" and "eagle3" as well); "none" is Model
 # Runner V2, on which kvspec runs.
 V1_ON_CPU = ("native", "ngram", "eagle3")
 METHODS = (
     "native", "none", "ngram", "recycle", "recycle-auto", "chain", "8", "16", "32", "uncoupled", "auto", "graft",
-    "graft-auto",
+    "graft-auto", "fly", "fly-4", "fly-2",
 )  # fmt: skip
+EXACT = tuple(method for method in METHODS if not method.startswith("fly"))
 METHOD = (
     "ngram, eagle3: vLLM's, 5 tokens. recycle: kvspec without a head, 16 nodes, one table for all prompts. chain, 8, "
     "16, 32: the head alone. uncoupled: 16 nodes without the target's noise. graft: 16 nodes of head and recycle. "
-    "auto, -auto: at most 16 nodes, as many as pay; graft-auto is what a server does by default.\n\n"
+    "auto, -auto: at most 16 nodes, as many as pay; graft-auto is what a server does by default. fly: graft with the "
+    "lossy acceptance of docs/lossy.md, its window 6 nodes or the number named.\n\n"
     "tau: tokens per engine step of a request that is alone, after its prompt's; mean over prompts and its standard "
     "error. identical: texts equal to those without speculation (a difference can be a near-tie of logits that two "
-    "batch shapes round differently). tokens/s: prompts and prefill included; the categories one after another."
+    "batch shapes round differently). first difference: tokens before it, mean over the texts that differ. log-prob: "
+    "of a token under the target, mean over texts and its standard error; high also where a text repeats itself, so "
+    "repeated: the share of a text's tokens that end 4 which it had before. tokens/s: prompts and prefill included; "
+    "the categories one after another."
 )
 
 
@@ -54,11 +60,14 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--eagle3", metavar="CHECKPOINT", help="also vLLM's own method, with what vllm-kvspec export wrote"
     )
     parser.add_argument("--prompts", type=Path, required=True)
-    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
+    parser.add_argument("--methods", nargs="+", default=EXACT, choices=METHODS)
     parser.add_argument("--num-prompts", type=int, default=40)
     parser.add_argument("--max-tokens", type=int, default=128)
     parser.add_argument("--temperatures", nargs="+", type=float, default=[0.0, 0.7, 1.0])
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8], help="requests at a time; 1 is needed for tau")
+    parser.add_argument(
+        "--log-probs", action="store_true", help="also each text's, under the target, and its repetition"
+    )
     parser.add_argument("--rounds", type=int, default=1, help="of all prompts; the fastest counts")
     parser.add_argument("--interleave", action="store_true", help="all engines in memory, each part by all in turn")
     parser.add_argument("--dtype", default="float32")
@@ -104,6 +113,9 @@ def speculative_config(method: str, head: str, eagle3: str | None = None) -> dic
         return kvspec | {"tree": "chain"}
     if method == "uncoupled":
         return kvspec | {"draft_noise": "none"}
+    if method.startswith("fly"):
+        window = int(method.partition("-")[2] or 6)
+        return kvspec | {"graft": True, "rejection_sample_method": "fly", "fly_window_size": window}
     return kvspec | ({"num_speculative_tokens": int(method)} if method.isdigit() else {})
 
 
@@ -126,6 +138,7 @@ def job(arguments: argparse.Namespace, method: str, prompts: list[dict]) -> dict
         "engine": engine | arguments.engine,
         "prompts": [prompt["text"] for prompt in prompts],
         "max_tokens": arguments.max_tokens,
+        "log_probs": arguments.log_probs,
     }
 
 
@@ -232,9 +245,11 @@ def gathered(answers: list[dict], prompts: list[dict], rounds: int) -> list[dict
     for (temperature, batch), group in groups.items():
         by_round = [[answer for answer in group if answer["round"] == number] for number in range(rounds)]
         token_ids: list[list[int]] = [[]] * len(prompts)
+        log_probs: dict[int, float] = {}
         for answer in group:
             for i, ids in zip(answer["prompts"], answer["token_ids"], strict=True):
                 token_ids[i] = ids
+            log_probs |= zip(answer["prompts"], answer.get("log_probs", ()), strict=False)
         # The prompt's step gives one token.
         taus = [[(len(one["token_ids"][0]) - 1) / max(1, one["steps"] - 1) for one in round_] for round_ in by_round]
         seconds = zip(*([one["seconds"] for one in round_] for round_ in by_round), strict=True)
@@ -243,6 +258,7 @@ def gathered(answers: list[dict], prompts: list[dict], rounds: int) -> list[dict
                 "temperature": temperature,
                 "batch": batch,
                 "token_ids": token_ids,
+                "log_probs": list(log_probs.values()),
                 "taus": taus[0] if batch == 1 else None,
                 "taus_again": taus[-1] if batch == 1 and rounds > 1 else None,
                 "parts": [one["prompts"] for one in by_round[0]],
@@ -266,10 +282,21 @@ def rows_of(method: str, found: list[dict], plain: list[dict]) -> list[dict[str,
         # Model Runner V1 draws other noise.
         comparable = one["temperature"] == 0 or torch.cuda.is_available() or method not in V1_ON_CPU
         if expected and method != "none" and comparable:
-            same = sum(have == want for have, want in zip(one["token_ids"], expected, strict=True))
-            row["identical"] = f"{same} of {len(expected)}"
+            pairs = list(zip(one["token_ids"], expected, strict=True))
+            row["identical"] = f"{sum(have == want for have, want in pairs)} of {len(expected)}"
+            if alike := [common_tokens(have, want) for have, want in pairs if have != want]:
+                row["first difference"] = statistics.mean(alike)
+        if means := one.get("log_probs"):
+            row["log-prob"] = statistics.mean(means)
+            row["its standard error"] = statistics.stdev(means) / len(means) ** 0.5
+            row["repeated"] = statistics.mean(repeated_share(Text(ids, 0, 0), order=4) for ids in one["token_ids"])
         rows.append(row | {"tokens/s": sum(map(len, one["token_ids"])) / sum(one["seconds"])})
     return rows
+
+
+def common_tokens(one: list[int], other: list[int]) -> int:
+    """Tokens before the first difference."""
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
 def by_category(prompts: list[dict], values: list[float]) -> dict[str, list[float]]:

@@ -19,18 +19,27 @@ def engine_steps(llm) -> int:
     return sum(metric.count for metric in llm.get_metrics() if metric.name == STEPS)
 
 
-def measure(llm, prompts: list[dict], part: dict[str, Any], max_tokens: int) -> dict[str, Any]:
-    """The prompts ``part["prompts"]`` (their numbers) together: token ids, seconds, engine steps."""
+def measure(llm, prompts: list[dict], part: dict[str, Any], job: dict[str, Any]) -> dict[str, Any]:
+    """The prompts ``part["prompts"]`` (their numbers) together: token ids, seconds, engine steps; where asked for, the
+    mean log-probability of each text's tokens."""
     from vllm import SamplingParams
 
     # A salt of its own: a table that drafts from earlier answers must not have these.
     inputs = [prompts[i] | {"cache_salt": part["salt"]} for i in part["prompts"]]
-    params = [SamplingParams(temperature=part["temperature"], max_tokens=max_tokens, seed=i) for i in part["prompts"]]
+    asked = {"max_tokens": job["max_tokens"], "logprobs": 0 if job["log_probs"] else None}
+    params = [SamplingParams(temperature=part["temperature"], seed=i, **asked) for i in part["prompts"]]
     before, start = engine_steps(llm), time.perf_counter()
     outputs = llm.generate(inputs, params, use_tqdm=False)
     seconds = time.perf_counter() - start
-    token_ids = [list(output.outputs[0].token_ids) for output in outputs]
-    return {"token_ids": token_ids, "seconds": seconds, "steps": engine_steps(llm) - before}
+    found = {
+        "token_ids": [list(output.outputs[0].token_ids) for output in outputs],
+        "seconds": seconds,
+        "steps": engine_steps(llm) - before,
+    }
+    if job["log_probs"]:
+        answers = [output.outputs[0] for output in outputs]
+        found["log_probs"] = [answer.cumulative_logprob / len(answer.token_ids) for answer in answers]
+    return found
 
 
 def main() -> None:
@@ -48,7 +57,7 @@ def main() -> None:
     with Path(sys.argv[2]).open("w") as out:
         print(json.dumps({}), file=out, flush=True)
         for line in sys.stdin:
-            print(json.dumps(measure(llm, prompts, json.loads(line), job["max_tokens"])), file=out, flush=True)
+            print(json.dumps(measure(llm, prompts, json.loads(line), job)), file=out, flush=True)
 
 
 if __name__ == "__main__":

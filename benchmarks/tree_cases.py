@@ -4,9 +4,10 @@
 import torch
 from kernel_cases import Case, Geometry, Outputs, difference, random_parents, random_trees
 
-from vllm_kvspec.kernels import reference, reference_candidates, reference_draft_inputs
+from vllm_kvspec.kernels import reference, reference_candidates, reference_draft_inputs, reference_loose
 from vllm_kvspec.kernels.draft_inputs import draft_inputs
 from vllm_kvspec.kernels.gumbel_noise import gumbel_noise
+from vllm_kvspec.kernels.loose_scores import loose_scores
 from vllm_kvspec.kernels.reference_candidates import RankingScales, plan_levels
 from vllm_kvspec.kernels.reference_draft_inputs import DraftRows
 from vllm_kvspec.kernels.tree_build import tree_build
@@ -58,6 +59,25 @@ def tree_walk_case(g: Geometry, batch: int, rows: int, device: torch.device) -> 
         dict(batch=batch, rows=rows),
         lambda: tree_walk(*inputs),
         lambda: reference.tree_walk(*inputs),
+    )
+
+
+def loose_scores_case(g: Geometry, batch: int, rows: int, device: torch.device) -> Case:
+    """No sample is on any child: every row that has children is read."""
+    parent, _, _ = random_trees(batch, rows, device)
+    logits = torch.randn(batch * rows, g.vocab_size, device=device)
+    draft = torch.randint(1, g.vocab_size, (batch * rows,), device=device)
+    starts = torch.arange(0, batch * rows + 1, rows, dtype=torch.int32, device=device)
+    inputs = (logits, torch.zeros_like(draft), draft, parent, starts, torch.arange(batch, device=device), 0.3)
+    num_read = sum(len(set(tree)) for tree in parent[:, 1:].tolist())
+    return Case(
+        "loose_scores",
+        dict(batch=batch, rows=rows),
+        lambda: (loose_scores(*inputs),),
+        lambda: (reference_loose.loose_scores(*inputs),),
+        num_read * g.vocab_size * 4,
+        # Without -inf, which has no difference from itself.
+        compare=lambda *outputs: difference(*((score.nan_to_num(neginf=0.0),) for (score,) in outputs)),
     )
 
 

@@ -12,6 +12,8 @@ j is an ancestor of t, so bit 0 is always set and ``depth = popcount(mask) - 1``
 ``cu_num_logits[b] : cu_num_logits[b + 1]``; its row i is node i of its tree.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -69,11 +71,17 @@ def tree_walk(
     parent: torch.Tensor,
     cu_num_logits: torch.Tensor,
     idx_mapping: torch.Tensor,
+    score: torch.Tensor | None = None,
+    window: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Walk each request's tree along the target's own samples.
 
     From the root: emit the token sampled at the current node, then go to its lowest-index child that carries exactly
     this token; stop when there is none. Lossless for any tree, since every emitted token is the target's sample.
+
+    With ``score`` (FLy, arXiv 2511.22972; lossy): where no child carries the sampled token, go on to a child below
+    which the samples lead through at least ``window`` more nodes, to that of the highest score, and emit its token
+    instead. On a chain this is the paper's rule: a mismatch passes if the window behind it holds no other one.
 
     Args:
         sampled: int64 ``[L]``, the target's token of each logits row.
@@ -81,6 +89,8 @@ def tree_walk(
         parent: int32 ``[R, N1]``.
         cu_num_logits: int32 ``[B+1]``.
         idx_mapping: int ``[B]``.
+        score: fp32 ``[L]`` from `reference_loose.loose_scores`; -inf where a node must not be gone to. None: lossless.
+        window: nodes that must follow, see above.
 
     Returns:
         tokens: int64 ``[B, N1]``, emitted tokens, -1 beyond them.
@@ -94,23 +104,42 @@ def tree_walk(
     starts = cu_num_logits.tolist()
     for b, r in enumerate(idx_mapping.tolist()):
         rows = slice(starts[b], starts[b + 1])
-        emitted, nodes = _walk_one(sampled[rows].tolist(), draft_tokens[rows].tolist(), parent[r].tolist())
+        scores = None if score is None else score[rows].tolist()
+        emitted, nodes = _walk_one(
+            sampled[rows].tolist(), draft_tokens[rows].tolist(), parent[r].tolist(), scores, window
+        )
         num_sampled[b] = len(emitted)
         tokens[b, : len(emitted)] = torch.tensor(emitted, dtype=torch.int64)
         path[b, : len(nodes)] = torch.tensor(nodes, dtype=torch.int32)
     return tokens, num_sampled, path
 
 
-def _walk_one(sampled: list[int], draft: list[int], parent: list[int]) -> tuple[list[int], list[int]]:
+def _walk_one(
+    sampled: list[int], draft: list[int], parent: list[int], score: list[float] | None, window: int
+) -> tuple[list[int], list[int]]:
     emitted: list[int] = []
     nodes: list[int] = []
-    for t in range(len(sampled)):
-        # A child comes after its parent, so one pass in index order meets the path's nodes in order.
-        if t > 0 and (parent[t] != nodes[-1] or draft[t] < 0 or draft[t] != emitted[-1]):
-            continue
-        nodes.append(t)
-        emitted.append(sampled[t])
+    run = [] if score is None else _native_runs(sampled, draft, parent)
+    node = 0 if sampled else None
+    while node is not None:
+        nodes.append(node)
+        children = [t for t in range(node + 1, len(sampled)) if parent[t] == node and draft[t] >= 0]
+        native = [t for t in children if draft[t] == sampled[node]]
+        loose = [t for t in children if score is not None and run[t] >= window and score[t] > -math.inf]
+        following = native[0] if native else max(loose, key=score.__getitem__) if loose else None
+        emitted.append(sampled[node] if following is None else draft[following])
+        node = following
     return emitted, nodes
+
+
+def _native_runs(sampled: list[int], draft: list[int], parent: list[int]) -> list[int]:
+    """Of each node, how many nodes a walk along the samples from there accepts."""
+    run = [0] * len(sampled)
+    # Children come after their parent. Of two with the same token the walk takes the first, which is written last.
+    for t in range(len(sampled) - 1, 0, -1):
+        if 0 <= draft[t] == sampled[parent[t]]:
+            run[parent[t]] = run[t] + 1
+    return run
 
 
 def kv_base_ptrs(kv_caches: list[torch.Tensor]) -> torch.Tensor:

@@ -19,7 +19,7 @@ def bench(device):
 
 def test_report(bench, tmp_path, device):
     kernels = ["tree_attention", "paged_draft_attention", "kv_compact", "tree_inputs", "tree_walk", "draft_inputs"]
-    kernels += ["recycle_update", "own_matches", "recycle_tree"]
+    kernels += ["recycle_update", "own_matches", "recycle_tree", "loose_scores"]
     assert bench(tmp_path / "kernels", *kernels) == 0
     record = json.loads((tmp_path / "kernels.json").read_text())
     assert [row["kernel"] for row in record["rows"]] == kernels

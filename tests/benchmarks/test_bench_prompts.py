@@ -31,6 +31,16 @@ def test_rows(bench):
     assert (eight["tau"], eight["identical"], eight["tokens/s"]) == (None, "1 of 2", 4.0)
 
 
+def test_a_lossy_text_is_compared(bench):
+    plain = [result([[1, 2, 3], [3, 4]], [1.0, 1.0])]
+    lossy = result([[1, 2, 4], [3, 4]], [2.0, 3.0]) | {"log_probs": [-1.0, -2.0]}
+    (row,) = bench.rows_of("fly", [lossy], plain)
+    assert (row["identical"], row["first difference"], row["log-prob"], row["its standard error"]) == (
+        "1 of 2", 2, -1.5, 0.5,
+    )  # fmt: skip
+    assert "fly" not in bench.parse_arguments(["--target", "t", "--head", "h", "--prompts", "p"]).methods
+
+
 def test_speed_up_by_category(bench):
     prompts = [{"category": name} for name in ("code", "chat", "code")]
     plain = result([[1], [2], [3]], None)

@@ -19,12 +19,14 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
+from vllm_kvspec.engine.config import keys as keys_module
 from vllm_kvspec.engine.config.keys import HONOURED, REFUSED, KVSpecConfig, base_defaults
 from vllm_kvspec.engine.config.refusals import CPU_WORKER
 from vllm_kvspec.engine.config.selection import select_attention_backend
 from vllm_kvspec.models.create import write_untrained_head
 
 SYNTHETIC = {"rejection_sample_method": "synthetic"}
+FLY = {"rejection_sample_method": "fly"}
 SINCE_0_33 = {
     "disable_lookahead_block_hashes",
     "draft_lm_head_quantization",
@@ -137,6 +139,34 @@ def test_synthetic_rates_are_by_depth():
     assert config.speculative_config.synthetic_acceptance_rates == [0.9, 0.5, *[0.0] * 14]
 
 
+@pytest.mark.parametrize(
+    ("keys", "window"),
+    [
+        ({}, 6),
+        ({"num_speculative_tokens": 4}, 3),
+        ({"graft": False, "tree_depth": 3}, 2),
+        ({"tree": "chain", "num_speculative_tokens": 3}, 2),
+        ({"tree": [2, 1]}, 1),
+        ({"tree_depth": 4, "fly_window_size": 2, "fly_entropy_threshold": 0, "fly_entropy_top_k": 3}, 2),
+        ({"model": None}, 6),
+    ],
+    ids=str,
+)
+def test_fly_has_a_window_that_fits_the_tree(keys, window):
+    """vLLM 0.33's keys, in 0.32 too; the default is vLLM's, with the tree's depth for the chain's length."""
+    assert configure(kvspec(**FLY, **keys)).speculative_config.fly_window_size == window
+    assert configure(kvspec()).speculative_config.rejection_sample_method == "standard"
+
+
+def test_fly_says_in_one_line_that_the_text_is_another(monkeypatch):
+    said = []
+    monkeypatch.setattr(keys_module.logger, "warning", said.append)
+    configure(kvspec())
+    assert said == []
+    configure(kvspec(**FLY))
+    assert len(said) == 1 and "NOT the target's" in said[0]
+
+
 def test_repr_is_one_line():
     text = repr(configure(kvspec(num_speculative_tokens=5)).speculative_config)
     assert "num_speculative_tokens=5" in text
@@ -161,6 +191,13 @@ def test_repr_is_one_line():
         ({"synthetic_acceptance_length": 2.0}, ["rejection_sample_method='synthetic'"]),
         ({**SYNTHETIC, "synthetic_acceptance_length": 9.5}, ["the tree's depth, 8", "at most 9", "found 9.5"]),
         ({**SYNTHETIC, "synthetic_acceptance_rates": [0.5] * 9}, ["must be 0 beyond the tree's depth, 8"]),
+        ({**FLY, "graft": False, "fly_window_size": 8}, ["below the depth of the tree, 8", "found 8"]),
+        ({**FLY, "fly_window_size": 0}, ["at least 1", "found 0"]),
+        ({**FLY, "tree": [4]}, ["below the depth of the tree, 1"]),
+        ({**FLY, "fly_entropy_threshold": -0.1}, ["at least 0", "found -0.1"]),
+        ({**FLY, "fly_entropy_top_k": 5}, ["fly_entropy_top_k 3", "and 5"]),
+        ({"fly_window_size": 2}, ['rejection_sample_method "fly"', "'standard'"]),
+        ({**SYNTHETIC, "fly_entropy_threshold": 0.5}, ['rejection_sample_method "fly"', "'synthetic'"]),
         ({"draft_tensor_parallel_size": 3}, ["draft_tensor_parallel_size must be 1", "found 3"]),
         ({"model": "/no/such/head"}, ["draft head", "/no/such/head"]),
         ({"model": None, "drafter": "head"}, ["needs a draft head", "found none"]),

@@ -95,3 +95,30 @@ def test_recycled_drafts_are_accepted_as_predicted(target, make_engine, spec, ke
     assert sum(run.sources.values()) == counters["accepted_tokens"]
     assert set(run.sources) - {"head"}
     assert ("head" in run.sources) == (head is not None)
+
+
+def test_a_lossy_text_is_drafted_as_predicted(target, make_engine, spec):
+    """FLy: along the text that came out the exact walk accepts what the engine's lossy one did. So after a token that
+    is not the target's the head reads the KV and the hidden state of that very token."""
+    head = KVSpecDraftModel.from_pretrained(HEAD, dtype=torch.float32).eval()
+    longer = MAX_TOKENS + head.config.draft_block_size - 1
+    exact = texts_of(target, longer, temperature=0.0)
+    fly = {"rejection_sample_method": "fly", "fly_window_size": 1, "fly_entropy_threshold": 0.3}
+
+    def batch(max_tokens: int) -> list[dict]:
+        params = {"max_tokens": max_tokens, "temperature": 0.0, "ignore_eos": True}
+        return [{"prompt": text.input_ids[: text.prompt_length], "params": params} for text in exact]
+
+    with make_engine(spec(NUM_NODES, graft=False, **fly)) as llm:
+        (written,) = generate(llm, [batch(longer)])
+        before = spec_counters(llm)
+        generate(llm, [batch(MAX_TOKENS)])
+        counters = {name: value - before[name] for name, value in spec_counters(llm).items() if name in before}
+    texts = [
+        Text(text.input_ids[: text.prompt_length] + sample["token_ids"], text.prompt_length, text.seed)
+        for text, (sample,) in zip(exact, written, strict=True)
+    ]
+    assert [text.input_ids for text in texts] != [text.input_ids for text in exact]
+    acceptance = evaluate(head, target, texts, [NUM_NODES], temperature=0.0, beam=8, width=4)[0][str(NUM_NODES)]
+    assert counters["drafts"] == acceptance.drafts > 20
+    assert counters["accepted_tokens"] == pytest.approx((acceptance.tau - 1) * acceptance.drafts, abs=1e-6)

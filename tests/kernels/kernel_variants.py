@@ -23,6 +23,7 @@ from vllm_kvspec.kernels import (
     _paged_softmax,
     gumbel_noise,
     kv_compact,
+    loose_scores,
     recycle,
     tree_build,
     tree_candidates,
@@ -165,6 +166,9 @@ def small_variants() -> list[Variant]:
     variants += [Variant(_draft_inputs, dict(state=state), dict(state=state)) for state in (False, True)]
     for nodes in (2, 64):
         variants += [Variant(call, dict(nodes=nodes), dict(nodes=nodes)) for call in (_tree_inputs, _tree_walk)]
+        variants.append(Variant(_loose_walk, dict(nodes=nodes), dict(nodes=nodes, loose=True)))
+        for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+            variants.append(Variant(_loose_scores, dict(nodes=nodes, dtype=dtype), dict(nodes=nodes, dtype=name)))
         variants.append(Variant(_tree_build, dict(num_nodes=nodes - 1), dict(nodes=nodes)))
     variants += [Variant(_recycle_update, {}, {}), Variant(_own_matches, {}, {})]
     for size, coupled, head in product((1, 8, 16, 63), (False, True), (0, 232)):
@@ -188,6 +192,16 @@ def _tree_inputs(nodes: int) -> None:
 
 def _tree_walk(nodes: int) -> None:
     tree_walk.tree_walk(longs(256), ints(256), ints(256, nodes), ints(5), longs(4))
+
+
+def _loose_walk(nodes: int) -> None:
+    tree_walk.tree_walk(longs(256), ints(256), ints(256, nodes), ints(5), longs(4), torch.zeros(256), 6)
+
+
+def _loose_scores(nodes: int, dtype: torch.dtype) -> None:
+    # A small stride stands for the logits' memory.
+    logits = torch.zeros(151936 + 256 * 16, dtype=dtype).as_strided((256, 151936), (16, 1))
+    loose_scores.loose_scores(logits, longs(256), ints(256), ints(256, nodes), ints(5), longs(4), 0.3)
 
 
 def _tree_build(num_nodes: int) -> None:

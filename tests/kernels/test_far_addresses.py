@@ -9,6 +9,7 @@ from far_memory import far
 
 from vllm_kvspec.kernels import recycle, reference_recycle
 from vllm_kvspec.kernels.kv_compact import kv_base_ptrs, kv_compact
+from vllm_kvspec.kernels.loose_scores import loose_scores
 from vllm_kvspec.kernels.paged_draft_attention import paged_draft_attention
 from vllm_kvspec.kernels.tree_attention import tree_attention
 from vllm_kvspec.kernels.tree_build import tree_build
@@ -60,6 +61,10 @@ def _walk() -> dict:
         parent=torch.tensor([[0, 0, 0], [0, 0, 1], [0, 0, 0]]).int(), cu_num_logits=torch.tensor([0, 3, 6, 9]).int(),
         idx_mapping=torch.tensor([2, 1, 0]),
     )  # fmt: skip
+
+
+def _scores() -> dict:
+    return _walk() | dict(logits=_random(9, 20).float(), sampled=torch.full((9,), 10))
 
 
 def _build() -> dict:
@@ -135,6 +140,7 @@ KERNELS = {
     ),
     "tree_inputs": (_inputs, _run_inputs, [("depth", 0), ("ancestor_mask", 0), ("batch_mask", 0)]),
     "tree_walk": (_walk, tree_walk, [("parent", 0)]),
+    "loose_scores": (_scores, lambda **a: loose_scores(**a, threshold=0.0), [("logits", 0), ("parent", 0)]),
     "tree_build": (
         _build,
         lambda **a: tree_build(**a, num_nodes=3),

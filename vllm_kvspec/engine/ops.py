@@ -25,6 +25,7 @@ if USE_TRITON:
     from vllm_kvspec.kernels.draft_inputs import draft_inputs
     from vllm_kvspec.kernels.gumbel_noise import gumbel_noise
     from vllm_kvspec.kernels.kv_compact import kv_compact
+    from vllm_kvspec.kernels.loose_scores import loose_scores
     from vllm_kvspec.kernels.paged_draft_attention import paged_draft_attention
     from vllm_kvspec.kernels.recycle import own_matches, recycle_tree, recycle_update
     from vllm_kvspec.kernels.tree_attention import tree_attention
@@ -35,6 +36,7 @@ if USE_TRITON:
 else:
     from vllm_kvspec.kernels.reference import kv_compact, tree_inputs
     from vllm_kvspec.kernels.reference_draft_inputs import draft_inputs
+    from vllm_kvspec.kernels.reference_loose import loose_scores
 
     if USE_COMPILED:
         from vllm_kvspec.engine.cpu.kernels.attention import paged_draft_attention, tree_attention
@@ -67,6 +69,7 @@ __all__ = [
     "fixed_linear",
     "gumbel_noise",
     "kv_compact",
+    "loose_scores",
     "own_matches",
     "paged_draft_attention",
     "recycle_tree",

@@ -15,6 +15,7 @@ from vllm_kvspec.config import KVSpecDraftConfig
 from vllm_kvspec.engine.config import assistant
 from vllm_kvspec.engine.config.refusals import check_head_fits, check_servable, load_head_config
 from vllm_kvspec.engine.verify.attention_registry import register_cuda_backend
+from vllm_kvspec.kernels.reference_loose import TOP
 from vllm_kvspec.kernels.reference_recycle import HEAD_WIDTH
 from vllm_kvspec.tree import MAX_NODES, check_parents, depths, num_candidates, parents_from_widths
 
@@ -24,6 +25,8 @@ logger = init_logger("vllm.kvspec.config")
 TREE_BEAM = 8
 # Default of tree_width.
 TREE_WIDTH = 4
+# Of fly_window_size, where the tree is deeper.
+FLY_WINDOW = 6
 # Defaults of num_speculative_tokens: with a head as its speculators keys say it, and without one.
 DEFAULT_NODES_PER_POSITION, DEFAULT_NODES_WITHOUT_HEAD = 2, 16
 
@@ -34,6 +37,9 @@ HONOURED = frozenset(
         "code_revision",
         "draft_load_config",
         "draft_tensor_parallel_size",
+        "fly_entropy_threshold",  # from 0.33 on
+        "fly_entropy_top_k",  # from 0.33 on
+        "fly_window_size",  # from 0.33 on
         "method",
         "model",
         "num_speculative_tokens",
@@ -66,9 +72,6 @@ REFUSED = {
     "dspark_draft_topk": _OTHER_METHOD,
     "enable_adaptive_verification": 'The number of nodes follows the load by kvspec\'s own key "budget".',
     "enforce_eager": _TARGETS_OWN,
-    "fly_entropy_threshold": _SAME_TOKEN,  # from 0.33 on
-    "fly_entropy_top_k": _SAME_TOKEN,  # from 0.33 on
-    "fly_window_size": _SAME_TOKEN,  # from 0.33 on
     "index_share_for_mtp_iteration": _OTHER_METHOD,
     "kv_cache_dtype": _TARGETS_CACHE,
     "max_model_len": "The head drafts wherever the target decodes.",
@@ -107,6 +110,15 @@ class KVSpecConfig(SpeculativeConfig):
     """``SpeculativeConfig`` with kvspec's keys. An instance passes vLLM's type check and is pickled to the workers."""
 
     method: str | None = "kvspec"
+    rejection_sample_method: Literal["standard", "synthetic", "block", "fly"] = "standard"
+    """``"standard"``: the target's own text. ``"fly"`` (vLLM's from 0.33 on, here in 0.32 too): lossy, see
+    ``kernels/reference_loose.py``. ``"synthetic"``: for benchmarks."""
+    fly_window_size: int | None = None
+    """For "fly": nodes that must be accepted behind a token that the target did not sample. None: 6, or one less than
+    the tree is deep."""
+    fly_entropy_threshold: float = 0.3
+    """For "fly": the target's entropy, over its most probable tokens, from which on such a token may pass."""
+    fly_entropy_top_k: int = TOP
     tree: str | list[int] = "auto"
     """``"auto"``: the head's scores choose the tree, anew in every step. ``"chain"``: no branches. A list of widths per
     depth (``[4, 2, 1]``) or of parents (``[0, 0, 1]``: the parent of nodes 1, 2, 3): a fixed shape."""
@@ -197,7 +209,7 @@ class KVSpecConfig(SpeculativeConfig):
             for key, default in base_defaults().items()
             if key not in HONOURED and getattr(self, key) != default
         }
-        if self.rejection_sample_method not in ("standard", "synthetic"):
+        if self.rejection_sample_method == "block":
             refused["rejection_sample_method"] = _SAME_TOKEN
         for key, why in refused.items():
             raise ValueError(
@@ -249,6 +261,7 @@ class KVSpecConfig(SpeculativeConfig):
         self.num_speculative_tokens = DEFAULT_NODES_WITHOUT_HEAD if nodes is None else nodes
         check_num_nodes(self.num_speculative_tokens)
         self._resolve_synthetic(self.num_speculative_tokens, self.num_speculative_tokens)
+        self._resolve_fly(self.num_speculative_tokens)
 
     def _resolve_tree(self, head: KVSpecDraftConfig) -> None:
         """Settle ``num_speculative_tokens`` and check that the head can fill the tree."""
@@ -291,7 +304,10 @@ class KVSpecConfig(SpeculativeConfig):
                 "num_speculative_tokens."
             )
         self.num_speculative_tokens = nodes
-        self._resolve_synthetic(nodes, min(nodes, self.max_depth(head)) if self.tree == "auto" else depth)
+        levels = min(nodes, self.max_depth(head)) if self.tree == "auto" else depth
+        self._resolve_synthetic(nodes, levels)
+        # The request's own text is followed as far as there are nodes.
+        self._resolve_fly(nodes if self.graft else levels)
 
     def _resolve_synthetic(self, nodes: int, depth: int) -> None:
         """Forced acceptance: rates are per depth here, and may stop at the deepest. vLLM checks the rest later."""
@@ -308,6 +324,32 @@ class KVSpecConfig(SpeculativeConfig):
         logger.warning(
             "kvspec forces acceptance (rejection_sample_method synthetic): for benchmarks only, the text is NOT the "
             "target's."
+        )
+
+    def _resolve_fly(self, depth: int) -> None:
+        """Lossy acceptance: settle the window, which ``depth`` levels must have room for. Raises ValueError."""
+        if self.rejection_sample_method != "fly":
+            if (self.fly_window_size, self.fly_entropy_threshold, self.fly_entropy_top_k) != (None, 0.3, TOP):
+                raise ValueError(
+                    "kvspec's fly_window_size, fly_entropy_threshold and fly_entropy_top_k are for "
+                    f'rejection_sample_method "fly"; found {self.rejection_sample_method!r}. Leave them out.'
+                )
+            return
+        if self.fly_window_size is None:
+            self.fly_window_size = min(FLY_WINDOW, depth - 1)
+        if not 1 <= self.fly_window_size < depth:
+            raise ValueError(
+                f"kvspec's fly_window_size must be at least 1 and below the depth of the tree, {depth}; found "
+                f"{self.fly_window_size}. Use a shorter window or a deeper tree."
+            )
+        if not self.fly_entropy_threshold >= 0 or self.fly_entropy_top_k != TOP:
+            raise ValueError(
+                f"kvspec's fly_entropy_threshold must be at least 0 and fly_entropy_top_k {TOP}; found "
+                f"{self.fly_entropy_threshold} and {self.fly_entropy_top_k}."
+            )
+        logger.warning(
+            "kvspec accepts loosely (rejection_sample_method fly): the text is NOT the target's; it depends on the "
+            "draft and on the load."
         )
 
     def draft_shares_target_positions(self) -> bool:

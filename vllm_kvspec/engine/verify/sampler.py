@@ -6,7 +6,10 @@ the request's seed and the row's true position (``gumbel_sample``, vllm/v1/worke
 accepted when it carries that token. Whatever the tree, the emitted tokens are the target's own samples at their
 positions, so the output equals plain decoding, token for token under the same seed. A node is accepted with probability
 p(children).
-(Benchmarks can force acceptance instead: ``engine/verify/synthetic.py``.)
+
+Two values of vLLM's ``rejection_sample_method`` give up on that: "fly" (FLy, arXiv 2511.22972) goes on to a token that
+the target did not sample, where it was unsure and samples what is drafted behind that token (``loose_scores``);
+"synthetic" forces acceptance, for benchmarks (``engine/verify/synthetic.py``).
 """
 
 from dataclasses import replace
@@ -37,6 +40,8 @@ class TreeRejectionSampler(RejectionSampler):
     def __init__(self, sampler, spec_config, device: torch.device, state: TreeState):
         super().__init__(sampler, spec_config, device)
         self.state = state
+        self.is_loose = spec_config.rejection_sample_method == "fly"
+        self.spec_config = spec_config
         self.path: torch.Tensor | None = None
         self.logits: torch.Tensor | None = None
         # Of the call that is under way, and of its latest chunk of requests.
@@ -95,9 +100,12 @@ class TreeRejectionSampler(RejectionSampler):
             target_tokens, verify_draft_sampled = self._force_acceptance(
                 target_tokens, verify_draft_sampled, pos, cu_num_logits, expanded_idx_mapping, expanded_local_pos
             )
-        sampled, num_sampled, path = ops.tree_walk(
-            target_tokens, verify_draft_sampled, self.state.parent, cu_num_logits, idx_mapping
-        )
+        trees = (target_tokens, verify_draft_sampled, self.state.parent, cu_num_logits, idx_mapping)
+        loose = ()
+        if self.is_loose:
+            score = ops.loose_scores(processed_logits, *trees, self.spec_config.fly_entropy_threshold)
+            loose = (score, self.spec_config.fly_window_size)
+        sampled, num_sampled, path = ops.tree_walk(*trees, *loose)
         self._chunk_paths.append(path)
         self._chunk_mapping = expanded_idx_mapping
         return processed_logits, sampled, num_sampled

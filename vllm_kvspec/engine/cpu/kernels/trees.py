@@ -7,6 +7,8 @@ import torch
 from vllm_kvspec.engine.cpu.kernels.compiled import F32, I32, I64, INT, compiled, flat, integers
 from vllm_kvspec.kernels.reference import check_num_nodes
 
+NO_SCORE = np.empty(0, np.float32)
+
 
 @compiled(F32, I64, I32, INT, INT, INT, I64, I32, I32, I64)
 def _build(score, token, parent, num_reqs, num_candidates, num_nodes, tokens, parents, depths, masks):
@@ -50,19 +52,34 @@ def tree_build(
     return tokens, parents, depths, masks
 
 
-@compiled(I64, I64, I32, INT, I32, I64, I64, I32, I32)
-def _walk(sampled, drafted, parent, num_nodes, starts, mapping, tokens, num_sampled, path):
+@compiled(I64, I64, I32, INT, I32, I64, F32, INT, I64, I32, I32)
+def _walk(sampled, drafted, parent, num_nodes, starts, mapping, score, window, tokens, num_sampled, path):
+    is_loose = len(score) > 0
+    run = np.zeros(num_nodes, np.int64)
     for b in range(len(mapping)):
-        out, tree = b * num_nodes, mapping[b] * num_nodes
-        count, node, emitted = 0, 0, np.int64(0)
-        # A child comes after its parent, so one pass in index order meets the path's nodes in order.
-        for t in range(starts[b + 1] - starts[b]):
-            draft = drafted[starts[b] + t]
-            if t > 0 and (parent[tree + t] != node or draft < 0 or draft != emitted):
-                continue
-            node, emitted = t, sampled[starts[b] + t]
-            tokens[out + count], path[out + count] = emitted, node
-            count += 1
+        out, tree, first = b * num_nodes, mapping[b] * num_nodes, starts[b]
+        num_rows = starts[b + 1] - first
+        if is_loose:
+            # Nodes that the samples lead through below each node; see the twin.
+            run[:] = 0
+            for t in range(num_rows - 1, 0, -1):
+                above = parent[tree + t]
+                if drafted[first + t] >= 0 and drafted[first + t] == sampled[first + above]:
+                    run[above] = run[t] + 1
+        count, node = 0, 0 if num_rows > 0 else -1
+        while node >= 0:
+            following, best, token = -1, np.float32(-np.inf), sampled[first + node]
+            for t in range(node + 1, num_rows):
+                draft = drafted[first + t]
+                if parent[tree + t] != node or draft < 0:
+                    continue
+                if draft == sampled[first + node]:
+                    following, token = t, draft
+                    break
+                if is_loose and run[t] >= window and score[first + t] > best:
+                    following, best, token = t, score[first + t], draft
+            tokens[out + count], path[out + count] = token, node
+            count, node = count + 1, following
         num_sampled[b] = count
         for d in range(count, num_nodes):
             tokens[out + d], path[out + d] = -1, d
@@ -74,6 +91,8 @@ def tree_walk(
     parent: torch.Tensor,
     cu_num_logits: torch.Tensor,
     idx_mapping: torch.Tensor,
+    score: torch.Tensor | None = None,
+    window: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """``reference.tree_walk``."""
     shape = (idx_mapping.shape[0], parent.shape[1])
@@ -81,6 +100,6 @@ def tree_walk(
     num_sampled = torch.empty(shape[0], dtype=torch.int32)
     _walk(
         flat(sampled), integers(draft_tokens), flat(parent), shape[1], flat(cu_num_logits), integers(idx_mapping),
-        flat(tokens), flat(num_sampled), flat(path),
+        NO_SCORE if score is None else flat(score), window, flat(tokens), flat(num_sampled), flat(path),
     )  # fmt: skip
     return tokens, num_sampled, path
