@@ -94,7 +94,8 @@ def test_other_gpus(gpu, reports):
     if gpu != "A100":
         assert reports[f"FP8 cache on {gpu}"]["stock_attention"] == default["stock_attention"]
     assert default["mode"] == plain["mode"] == "FULL_AND_PIECEWISE"
-    assert (len(default["drafter"]), len(default["piecewise"])) == (len(reports["default"]["drafter"]), 51)
+    assert len(default["piecewise"]) == len(plain["piecewise"])
+    assert len(default["drafter"]) < 30 and {nodes for _, nodes in default["drafter"]} == {16, 8, 4, 2}
 
 
 def test_an_fp8_cache_is_refused_where_triton_cannot_read_it(reports):
