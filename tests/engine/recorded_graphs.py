@@ -114,6 +114,11 @@ class Operations(TorchDispatchMode):
             return function(*args, **kwargs)
         if waits(function, args, kwargs):
             raise WaitsForDevice(f"{function} waits for the device: no CUDA graph can hold it.")
+        with self:
+            # What is made of other operations, in C++ or in Python, is those.
+            result = function.decompose(*args, **kwargs)
+        if result is not NotImplemented:
+            return result
         if function.namespace == "vllm":
             raise NotImplementedError(f"{function} is Python, which may do more than a record of its call can repeat.")
         return graph.run(function, args, kwargs, writes=function._schema.is_mutable)

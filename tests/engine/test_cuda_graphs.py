@@ -36,9 +36,13 @@ def test_text_and_drafts(make_engine, with_graphs, replays, spec, check, tmp_pat
         keys = {"model": write_head(tmp_path, drafting="autoregressive")}
     keys = {"num_speculative_tokens": 8} | keys
     accepted = []
+    import time; T=time.process_time
     for options in (with_graphs, {}):
+        print("T start", T())
         with make_engine(spec(**keys), **options) as llm:
+            print("T made", T())
             check(llm, names)
+            print("T checked", T(), len(replays.target), len(replays.drafter), replays.padded)
             accepted.append(spec_counters(llm))
     assert accepted[0] == accepted[1]
     assert accepted[0]["accepted_tokens"] > 0
