@@ -115,20 +115,15 @@ def engine_arguments(arguments: argparse.Namespace, models: dict[str, str], spec
     return engine | arguments.engine
 
 
-def run(
-    job: dict[str, Any], directory: Path, arguments: argparse.Namespace, script: str = "engine_worker.py"
-) -> tuple[list[dict], str | None]:
+def run(job: dict[str, Any], directory: Path, arguments: argparse.Namespace) -> tuple[list[dict], str | None]:
     """Rows of one worker process, and how it failed."""
     (directory / "job.json").write_text(json.dumps(job))
     out = directory / "out.jsonl"
     out.unlink(missing_ok=True)
-    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
-    environment |= {"HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING")}
-    if arguments.device == "cpu":
-        environment |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    environment = worker_environment(arguments.device)
     problem = None
     with (directory / "log").open("w+") as log:
-        command = [sys.executable, str(HERE / script), str(directory / "job.json"), str(out)]
+        command = [sys.executable, str(HERE / "engine_worker.py"), str(directory / "job.json"), str(out)]
         try:
             done = subprocess.run(command, env=environment, stdout=log, stderr=log, timeout=arguments.timeout)
             if done.returncode:
@@ -140,6 +135,13 @@ def run(
             problem = f"stopped after {arguments.timeout:.0f} s"
     rows = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
     return rows, problem
+
+
+def worker_environment(device: str) -> dict[str, str]:
+    """Of a worker process: its engine in the process itself, and on a CPU free to use its threads."""
+    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
+    environment |= {"HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING")}
+    return environment | ({"VLLM_CPU_OMP_THREADS_BIND": "nobind"} if device == "cpu" else {})
 
 
 def equal_tokens(found: dict, expected: dict) -> int:

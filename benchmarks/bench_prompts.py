@@ -3,24 +3,31 @@
 
     python benchmarks/bench_prompts.py --target TARGET --head HEAD --prompts prompts.jsonl
 
-Engines run one after another in processes of their own, on the prompts one at a time and several together. Each text
-must be that of Model Runner V2 without speculation; how many are is in the table. Prompts: Spec-Bench's form
-({"category": ..., "turns": [...]}), of which the first turn is asked, the same number of each category.
+Engines run in processes of their own, on the prompts one at a time and several together: one after another, or with
+``--interleave`` all in memory at once and in turn on every part of the prompts, so that whatever slows the machine down
+slows all of them. Each text must be that of Model Runner V2 without speculation; how many are is in the table. Prompts:
+Spec-Bench's form ({"category": ..., "turns": [...]}), of which the first turn is asked, the same number of each
+category. Drafts from earlier answers find an empty table at every temperature, batch and round.
 """
 
 import argparse
+import contextlib
 import itertools
 import json
 import statistics
+import subprocess
 import sys
 import tempfile
+import time
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import report
 import torch
-from bench_engine import run
+from bench_engine import worker_environment
+
+from vllm_kvspec.eval.statistics import ratio_and_error
 
 # On a CPU "native" is what vLLM serves with there, Model Runner V1 ("ngram" and "eagle3" as well); "none" is Model
 # Runner V2, on which kvspec runs.
@@ -53,10 +60,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--temperatures", nargs="+", type=float, default=[0.0, 0.7, 1.0])
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8], help="requests at a time; 1 is needed for tau")
     parser.add_argument("--rounds", type=int, default=1, help="of all prompts; the fastest counts")
+    parser.add_argument("--interleave", action="store_true", help="all engines in memory, each part by all in turn")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--max-model-len", type=int, default=2048)
     parser.add_argument("--engine", type=json.loads, default={}, help="more arguments of vllm.LLM, as JSON")
-    parser.add_argument("--timeout", type=float, default=3600, help="seconds per method")
+    parser.add_argument("--timeout", type=float, default=1800, help="seconds for an engine to start, and for a part")
     parser.add_argument("--output", type=Path, help="without suffix; default benchmarks/results/prompts-<device>")
     arguments = parser.parse_args(argv)
     arguments.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -112,16 +120,137 @@ def job(arguments: argparse.Namespace, method: str, prompts: list[dict]) -> dict
         "speculative_config": speculative_config(method, arguments.head, arguments.eagle3),
     }
     if arguments.device == "cpu":
-        engine |= {"enforce_eager": True, "kv_cache_memory_bytes": 2 << 30, "block_size": 32}
+        engine |= {"enforce_eager": True, "kv_cache_memory_bytes": 1 << 30, "block_size": 32}
         if method == "none":
             engine["worker_cls"] = "vllm_kvspec.engine.cpu.worker.PlainV2CPUWorker"
-    keys = ("temperatures", "batch", "max_tokens", "rounds")
     return {
         "engine": engine | arguments.engine,
         "prompts": [prompt["text"] for prompt in prompts],
-        "categories": [prompt["category"] for prompt in prompts],
-        **{key: getattr(arguments, key) for key in keys},
+        "max_tokens": arguments.max_tokens,
     }
+
+
+class Worker:
+    """A method's engine in a process of its own. Raises RuntimeError when it ends or takes too long."""
+
+    def __init__(self, settings: dict[str, Any], directory: Path, device: str, timeout: float):
+        directory.mkdir()
+        (directory / "job.json").write_text(json.dumps(settings))
+        self.out, self.timeout, self.answers = directory / "out.jsonl", timeout, 0
+        self.out.touch()
+        self.log = (directory / "log").open("w+")
+        script = Path(__file__).with_name("prompt_worker.py")
+        self.process = subprocess.Popen(
+            [sys.executable, str(script), str(directory / "job.json"), str(self.out)],
+            env=worker_environment(device), stdin=subprocess.PIPE, stdout=self.log, stderr=self.log, text=True,
+        )  # fmt: skip
+        self._answer()
+
+    def run(self, part: dict[str, Any]) -> dict[str, Any]:
+        """What ``prompt_worker.measure`` says of ``part``."""
+        print(json.dumps(part), file=self.process.stdin, flush=True)
+        return self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        self.answers += 1
+        end = time.monotonic() + self.timeout
+        # Whole lines only.
+        while len(lines := self.out.read_text().split("\n")[:-1]) < self.answers:
+            if self.process.poll() is not None:
+                self.log.seek(0)
+                said = [line for line in self.log.read().splitlines() if line.strip()]
+                print("\n".join(said[-30:]), file=sys.stderr)
+                raise RuntimeError(f"exit status {self.process.returncode}: {said[-1] if said else ''}")
+            if time.monotonic() > end:
+                raise RuntimeError(f"no answer in {self.timeout:.0f} s")
+            time.sleep(0.01)
+        return json.loads(lines[-1])
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        try:
+            self.process.wait(self.timeout)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+        self.log.close()
+
+
+def parts_of(prompts: list[dict], arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """What is run, in order: for every temperature, batch and round the prompts one by one, or by category.
+
+    With a prefix cache the rounds have one salt, so that the later ones find their prompts in it.
+    """
+    categories = [prompt["category"] for prompt in prompts]
+    parts = []
+    for temperature, batch, number in itertools.product(
+        arguments.temperatures, arguments.batch, range(arguments.rounds)
+    ):
+        names = categories if batch > 1 else range(len(prompts))
+        again = "" if arguments.engine.get("enable_prefix_caching") else f" round {number}"
+        for name in dict.fromkeys(names):
+            chosen = [i for i, of in enumerate(names) if of == name]
+            # The engine takes as many at a time as it may.
+            for first in range(0, len(chosen), batch):
+                part = {"temperature": temperature, "batch": batch, "round": number}
+                parts.append(part | {"prompts": chosen[first : first + batch], "salt": f"{temperature} {batch}{again}"})
+    return parts
+
+
+def measure(
+    methods: list[str], parts: list[dict], prompts: list[dict], scratch: Path, arguments: argparse.Namespace
+) -> dict[str, list[dict]]:
+    """What each of ``methods`` answered to each of ``parts``, their engines in turn; nothing of one that failed."""
+    answers: dict[str, list[dict]] = {method: [] for method in methods}
+    with contextlib.ExitStack() as stack:
+        workers: dict[str, Worker] = {}
+
+        def attempt(method: str, work) -> Any:
+            try:
+                return work()
+            except RuntimeError as problem:
+                print(f"error: {method}: {problem}", file=sys.stderr)
+                workers.pop(method, None)
+                answers[method] = []
+
+        for method in methods:
+            start = (job(arguments, method, prompts), scratch / method, arguments.device, arguments.timeout)
+            if worker := attempt(method, lambda: Worker(*start)):  # noqa: B023
+                workers[method] = worker
+                stack.callback(worker.close)
+        for part in parts:
+            for method, worker in list(workers.items()):
+                if answer := attempt(method, lambda: worker.run(part)):  # noqa: B023
+                    answers[method].append(part | answer)
+    return answers
+
+
+def gathered(answers: list[dict], prompts: list[dict], rounds: int) -> list[dict[str, Any]]:
+    """A method's answers by temperature and batch: token ids, tokens per step, the fastest seconds of each part."""
+    groups: dict[tuple, list[dict]] = defaultdict(list)
+    for answer in answers:
+        groups[answer["temperature"], answer["batch"]].append(answer)
+    found = []
+    for (temperature, batch), group in groups.items():
+        by_round = [[answer for answer in group if answer["round"] == number] for number in range(rounds)]
+        token_ids: list[list[int]] = [[]] * len(prompts)
+        for answer in group:
+            for i, ids in zip(answer["prompts"], answer["token_ids"], strict=True):
+                token_ids[i] = ids
+        # The prompt's step gives one token.
+        taus = [[(len(one["token_ids"][0]) - 1) / max(1, one["steps"] - 1) for one in round_] for round_ in by_round]
+        seconds = zip(*([one["seconds"] for one in round_] for round_ in by_round), strict=True)
+        found.append(
+            {
+                "temperature": temperature,
+                "batch": batch,
+                "token_ids": token_ids,
+                "taus": taus[0] if batch == 1 else None,
+                "taus_again": taus[-1] if batch == 1 and rounds > 1 else None,
+                "parts": [one["prompts"] for one in by_round[0]],
+                "seconds": [min(times) for times in seconds],
+            }
+        )
+    return found
 
 
 def rows_of(method: str, found: list[dict], plain: list[dict]) -> list[dict[str, Any]]:
@@ -173,6 +302,18 @@ def seconds_per_token(one: dict, prompts: list[dict]) -> dict[str, float]:
     return {category: seconds[category] / tokens[category] for category in seconds}
 
 
+def speed_up(one: dict, base: dict) -> tuple[float, float]:
+    """Tokens per second of ``one`` as a multiple of ``base``'s, and its standard error with the parts as the units."""
+
+    def per_part(values: dict) -> tuple[torch.Tensor, torch.Tensor]:
+        tokens = [sum(len(values["token_ids"][i]) for i in part) for part in values["parts"]]
+        return torch.tensor(tokens, dtype=torch.float64), torch.tensor(values["seconds"], dtype=torch.float64)
+
+    (tokens, seconds), (base_tokens, base_seconds) = per_part(one), per_part(base)
+    # The base's time for as many tokens.
+    return ratio_and_error(base_seconds * tokens / base_tokens, seconds)
+
+
 def speed_up_by_category(found: dict[str, list[dict]], prompts: list[dict], baseline: str) -> list[dict[str, Any]]:
     """One row per method, temperature and batch: tokens per second as a multiple of the ``baseline`` method's."""
     own = {(one["temperature"], one["batch"]): seconds_per_token(one, prompts) for one in found[baseline]}
@@ -190,23 +331,23 @@ def speed_up_by_category(found: dict[str, list[dict]], prompts: list[dict], base
 def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     prompts = chosen_prompts(arguments.prompts, arguments.num_prompts)
-    found: dict[str, list[dict]] = {}
     # First what the others are compared with.
     methods = sorted(arguments.methods, key=lambda method: method != "none")
+    parts = parts_of(prompts, arguments)
+    found: dict[str, list[dict]] = {}
     with tempfile.TemporaryDirectory() as scratch:
-        for method in methods:
-            results, problem = run(job(arguments, method, prompts), Path(scratch), arguments, "prompt_worker.py")
-            if problem:
-                print(f"error: {method}: {problem}", file=sys.stderr)
-            found[method] = results
-            for row in rows_of(method, results, found["none"]):
-                print(json.dumps(row), flush=True)
-    rows = [row for method in arguments.methods for row in rows_of(method, found[method], found["none"])]
+        for together in [methods] if arguments.interleave else [[method] for method in methods]:
+            for method, answers in measure(together, parts, prompts, Path(scratch), arguments).items():
+                found[method] = gathered(answers, prompts, arguments.rounds)
+                for row in rows_of(method, found[method], found["none"]):
+                    print(json.dumps(row), flush=True)
     baseline = "native" if found.get("native") else "none"
-    own = {(row["T"], row["batch"]): row["tokens/s"] for row in rows if row["method"] == baseline}
-    for row in rows:
-        if base := own.get((row["T"], row["batch"])):
-            row["speed-up"] = row["tokens/s"] / base
+    base = {(one["temperature"], one["batch"]): one for one in found[baseline]}
+    rows = []
+    for method in arguments.methods:
+        for one, row in zip(found[method], rows_of(method, found[method], found["none"]), strict=True):
+            row["speed-up"], error = speed_up(one, base[one["temperature"], one["batch"]])
+            rows.append(row | ({"its error": error} if arguments.interleave and method != baseline else {}))
     device = torch.device(arguments.device)
     conditions = report.conditions(device, dtype=arguments.dtype, prompts=len(prompts), max_tokens=arguments.max_tokens)
     notes = [METHOD]

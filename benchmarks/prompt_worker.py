@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One method of ``bench_prompts.py`` in a process of its own: ``prompt_worker.py job.json out.jsonl``."""
+"""One method's engine for ``bench_prompts.py``, in a process of its own: ``prompt_worker.py job.json out.jsonl``.
+
+Each line on stdin is a part to run, each line of ``out.jsonl`` what came of it; the first says that the engine is up.
+"""
 
 import json
 import sys
@@ -16,41 +19,18 @@ def engine_steps(llm) -> int:
     return sum(metric.count for metric in llm.get_metrics() if metric.name == STEPS)
 
 
-def measure(llm, prompts: list[dict], temperature: float, batch: int, job: dict[str, Any]) -> dict[str, Any]:
-    """All prompts, ``batch`` at a time: token ids, seconds of each part, and alone the tokens per step of each prompt.
-
-    Parts are the categories, or alone the prompts. Seconds are those of the fastest round. Tokens per step are those of
-    the first and of the last round: with prefix caching the last one finds its prompts in the cache.
-    """
+def measure(llm, prompts: list[dict], part: dict[str, Any], max_tokens: int) -> dict[str, Any]:
+    """The prompts ``part["prompts"]`` (their numbers) together: token ids, seconds, engine steps."""
     from vllm import SamplingParams
 
-    params = [
-        SamplingParams(temperature=temperature, max_tokens=job["max_tokens"], seed=i) for i in range(len(prompts))
-    ]
-    # The engine takes as many at a time as it may; fewer are given to it in parts.
-    names = job["categories"] if batch > 1 else range(len(prompts))
-    parts = [[i for i, name in enumerate(names) if name == part] for part in dict.fromkeys(names)]
-    token_ids: list[list[int]] = [[]] * len(prompts)
-    seconds, taus = [float("inf")] * len(parts), []
-    for _ in range(job["rounds"]):
-        taus.append([])
-        for number, part in enumerate(parts):
-            before, start = engine_steps(llm), time.perf_counter()
-            outputs = llm.generate([prompts[i] for i in part], [params[i] for i in part], use_tqdm=False)
-            seconds[number] = min(seconds[number], time.perf_counter() - start)
-            for i, output in zip(part, outputs, strict=True):
-                token_ids[i] = list(output.outputs[0].token_ids)
-            # The prompt's step gives one token.
-            taus[-1].append((len(token_ids[part[0]]) - 1) / max(1, engine_steps(llm) - before - 1))
-    return {
-        "temperature": temperature,
-        "batch": batch,
-        "token_ids": token_ids,
-        "taus": taus[0] if batch == 1 else None,
-        "taus_again": taus[-1] if batch == 1 and job["rounds"] > 1 else None,
-        "parts": parts,
-        "seconds": seconds,
-    }
+    # A salt of its own: a table that drafts from earlier answers must not have these.
+    inputs = [prompts[i] | {"cache_salt": part["salt"]} for i in part["prompts"]]
+    params = [SamplingParams(temperature=part["temperature"], max_tokens=max_tokens, seed=i) for i in part["prompts"]]
+    before, start = engine_steps(llm), time.perf_counter()
+    outputs = llm.generate(inputs, params, use_tqdm=False)
+    seconds = time.perf_counter() - start
+    token_ids = [list(output.outputs[0].token_ids) for output in outputs]
+    return {"token_ids": token_ids, "seconds": seconds, "steps": engine_steps(llm) - before}
 
 
 def main() -> None:
@@ -63,11 +43,12 @@ def main() -> None:
     texts = [tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False) for chat in chats]
     prompts = [{"prompt_token_ids": tokenizer(text, add_special_tokens=False)["input_ids"]} for text in texts]
     # What is compiled or packed at first use is not timed.
-    llm.generate(prompts[:2], SamplingParams(temperature=1.0, max_tokens=8, seed=0), use_tqdm=False)
+    warm_up = [prompt | {"cache_salt": "warm up"} for prompt in prompts[:2]]
+    llm.generate(warm_up, SamplingParams(temperature=1.0, max_tokens=8, seed=0), use_tqdm=False)
     with Path(sys.argv[2]).open("w") as out:
-        for temperature in job["temperatures"]:
-            for batch in job["batch"]:
-                print(json.dumps(measure(llm, prompts, temperature, batch, job)), file=out, flush=True)
+        print(json.dumps({}), file=out, flush=True)
+        for line in sys.stdin:
+            print(json.dumps(measure(llm, prompts, json.loads(line), job["max_tokens"])), file=out, flush=True)
 
 
 if __name__ == "__main__":

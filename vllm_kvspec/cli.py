@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Command line: ``vllm-kvspec {init,prepare,train,eval,compare,export,doctor}``.
+"""Command line: ``vllm-kvspec {init,prepare,cache,train,eval,compare,export,doctor}``.
 
 Each command imports what it needs when it runs.
 """
@@ -22,6 +22,10 @@ TRAIN_EXAMPLE = (
     "example: vllm-kvspec train --target_model TARGET --data_path rows.jsonl --output_dir head --num_layers 3 "
     "--max_steps 2000; or vllm-kvspec train recipe.yaml --max_steps 2000; several GPUs: torchrun --standalone "
     "--nproc_per_node 8 -m vllm_kvspec.cli train ..."
+)
+CACHE_EXAMPLE = (
+    "example: vllm-kvspec cache --engine_args '{\"tensor_parallel_size\": 4}' recipe.yaml --cache_dir states; then "
+    "vllm-kvspec train recipe.yaml --cache_dir states"
 )
 EVAL_EXAMPLE = (
     "example: vllm-kvspec eval --target_model TARGET --draft_model head --data_path held_out.jsonl --num_prompts 64 "
@@ -110,6 +114,22 @@ def _add_prepare(commands) -> None:
     parser.add_argument("--chat_template_kwargs", type=json.loads, default={}, help="json object")
     parser.add_argument("--engine_args", type=json.loads, default={}, help="json object: arguments of vllm.LLM")
     parser.set_defaults(run=_prepare)
+
+
+def _cache(args: argparse.Namespace) -> None:
+    from vllm_kvspec.cache import cache
+
+    found = cache(args.rest, args.engine_args, prog="vllm-kvspec cache", epilog=CACHE_EXAMPLE)
+    print(f"{found.directory}: {found.num_bytes:,} bytes, {found.bytes_per_token:,} a token of {len(found)} rows.")
+
+
+def _add_cache(commands) -> None:
+    # The rest are train's own.
+    parser = commands.add_parser(
+        "cache", help="let vLLM write what training reads of the target; takes train's flags", add_help=False
+    )
+    parser.add_argument("--engine_args", type=json.loads, default={})
+    parser.set_defaults(run=_cache, takes_rest=True)
 
 
 def _train(args: argparse.Namespace) -> None:
@@ -244,7 +264,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parse ``argv`` (the process's own when None) and run the command."""
     parser = argparse.ArgumentParser(prog="vllm-kvspec", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (_add_init, _add_prepare, _add_train, _add_eval, _add_compare, _add_export, _add_doctor):
+    for add in (_add_init, _add_prepare, _add_cache, _add_train, _add_eval, _add_compare, _add_export, _add_doctor):
         add(commands)
     args, rest = parser.parse_known_args(argv)
     if rest and not getattr(args, "takes_rest", False):

@@ -7,19 +7,16 @@ This module stands above ``train``, which never imports vLLM; vLLM is imported w
 import hashlib
 import importlib.metadata
 import logging
-import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import AutoConfig, AutoTokenizer
 
 from vllm_kvspec.config import target_fingerprint
-from vllm_kvspec.rope import layer_heads
+from vllm_kvspec.offline_engine import cpu_defaults, cpu_dtype, start_engine
 from vllm_kvspec.train.data import load_texts
 from vllm_kvspec.train.record import versions
 from vllm_kvspec.train.regeneration import (
@@ -36,11 +33,6 @@ from vllm_kvspec.train.rows_file import Progress, RowsFile
 from vllm_kvspec.train.server_writer import server_writer
 
 logger = logging.getLogger(__name__)
-
-# Without a GPU: 90,000 tokens of a small target (SmolLM2-135M in float32), 30,000 of Qwen3-8B in bfloat16.
-CPU_KV_BYTES = 4 << 30
-CPU_KV_BLOCK = 128
-CPU_REQUESTS = 256
 
 
 def prepare(
@@ -125,15 +117,10 @@ def engine_writer(target_model: str, settings: Settings, answered: Callable[[], 
     process, and the prefix cache is emptied between them. ``answered`` is called for each. Raises ValueError when vLLM
     is not installed.
     """
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    try:
-        from vllm import LLM, SamplingParams
-    except ImportError as error:
-        raise ValueError(
-            f"Regeneration by the engine needs vLLM, found none ({error}); install it or use --regenerate transformers."
-        ) from error
-    arguments = {"max_model_len": settings.max_length, "seed": settings.seed} | _cpu_defaults(target_model, settings)
-    llm = LLM(target_model, **arguments | settings.engine_args)
+    arguments = {"max_model_len": settings.max_length, "seed": settings.seed}
+    arguments |= cpu_dtype() | cpu_defaults(target_model, settings.max_length, settings.batch_size)
+    llm = start_engine(target_model, **arguments | settings.engine_args)
+    from vllm import SamplingParams
 
     def write(requests: list[Request]) -> list[Answer]:
         llm.reset_prefix_cache()
@@ -152,34 +139,6 @@ def engine_writer(target_model: str, settings: Settings, answered: Callable[[], 
         return [answers[request_id] for request_id in sorted(answers)]
 
     return write
-
-
-def _cpu_defaults(target_model: str, settings: Settings) -> dict[str, Any]:
-    """Engine arguments without a GPU, where vLLM alone would claim most of the machine's memory and compile for a run.
-
-    KV room for whole batches of the longest rows, within limits; requests for which there is none wait.
-    """
-    if torch.cuda.is_available():
-        return {}
-    import psutil
-
-    config = AutoConfig.from_pretrained(target_model).get_text_config()
-    floats = 2 * sum(math.prod(layer_heads(config, layer)) for layer in range(config.num_hidden_layers))
-    # Rounded up to whole blocks, whatever their size.
-    wanted = 4 * floats * (settings.max_length + CPU_KV_BLOCK) * min(settings.batch_size, CPU_REQUESTS)
-    room = min(wanted, CPU_KV_BYTES, psutil.virtual_memory().available // 4)
-    units = torch.cpu.get_capabilities()
-    dtype = {}
-    if not any(units[key] for key in units if key.endswith("bf16")):
-        logger.info("This CPU computes bfloat16 without instructions for it, several times slower: using float32.")
-        dtype = {"dtype": "float32"}
-    return dtype | {
-        "enforce_eager": True,
-        "max_num_seqs": CPU_REQUESTS,
-        "kv_cache_memory_bytes": room,
-        # The engine takes back the random numbers of an unfinished prompt, which a CPU's generators cannot do.
-        "enable_chunked_prefill": False,
-    }
 
 
 def _vllm_version() -> str | None:

@@ -54,6 +54,32 @@ def test_eagle3_is_compared_where_there_is_a_checkpoint(bench):
     }  # fmt: skip
 
 
+def test_parts(bench):
+    required = ["--target", "t", "--head", "h", "--prompts", "p", "--temperatures", "0", "--rounds", "2"]
+    prompts = [{"category": name} for name in ("code", "chat", "code", "code")]
+    arguments = bench.parse_arguments([*required, "--batch", "1", "2"])
+    parts = bench.parts_of(prompts, arguments)
+    assert [part["prompts"] for part in parts] == [[0], [1], [2], [3]] * 2 + [[0, 2], [3], [1]] * 2
+    # Nothing that was drafted from is drafted again, but a prefix cache must find its prompts.
+    assert len({part["salt"] for part in parts}) == 4
+    arguments.engine = {"enable_prefix_caching": True}
+    assert len({part["salt"] for part in bench.parts_of(prompts, arguments)}) == 2
+
+
+def test_answers_are_gathered(bench):
+    part = {"temperature": 0.0, "batch": 1, "steps": 3}
+    answers = [
+        part | {"round": number, "prompts": [i], "token_ids": [[i, 1, 2, 3, 4]], "seconds": seconds}
+        for number, times in enumerate([(1.0, 2.0), (0.5, 3.0)])
+        for i, seconds in enumerate(times)
+    ]
+    (found,) = bench.gathered(answers, [{}, {}], 2)
+    assert found["token_ids"] == [[0, 1, 2, 3, 4], [1, 1, 2, 3, 4]]
+    assert (found["taus"], found["seconds"]) == ([2.0, 2.0], [0.5, 2.0])
+    slow = found | {"seconds": [2.0, 4.0]}
+    assert bench.speed_up(found, slow)[0] == 2.4 and bench.speed_up(found, found) == (1.0, 0.0)
+
+
 @pytest.mark.e2e
 @pytest.mark.slow
 def test_the_bundled_pair(bench, tmp_path):
@@ -61,10 +87,11 @@ def test_the_bundled_pair(bench, tmp_path):
     arguments = ["--target", str(TINY / "target"), "--head", str(TINY / "draft"), "--max-tokens", "12"]
     arguments += ["--prompts", str(tmp_path / "prompts.jsonl"), "--max-model-len", "256", "--batch", "1", "2"]
     arguments += ["--methods", "none", "8", "--temperatures", "0", "0.7", "--output", str(tmp_path / "out")]
-    assert bench.main(arguments) == 0
+    assert bench.main([*arguments, "--interleave"]) == 0
     rows = json.loads((tmp_path / "out.json").read_text())["rows"]
     assert len(rows) == 8
     for row in rows:
+        assert ("its error" in row) == (row["method"] == "8") and row["speed-up"] > 0
         if row["method"] == "8":
             assert row["identical"] == "2 of 2"
             assert row["tau"] is None if row["batch"] == 2 else row["tau"] > 1.2

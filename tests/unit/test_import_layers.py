@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The import order of the package: kernels <- tree, config <- models <- {train, engine} <- {eval, prepare,
+"""The import order of the package: kernels <- tree, config <- models <- {train, engine} <- {eval, prepare, cache,
 doctor} <- cli. Inside the engine: {cpu/kernels, hooks/compat} <- {ops, target_kv} <- {verify, budget} <- config <-
 {runner, draft} <- {worker, hooks/patches} <- {cpu/worker, hooks/plugin}.
 

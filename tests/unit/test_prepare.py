@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qw
 from vllm_kvspec import prepare as prepare_module
 from vllm_kvspec.cli import main
 from vllm_kvspec.config import tokenizer_sha256
+from vllm_kvspec.offline_engine import cpu_dtype
 from vllm_kvspec.train.conversations import normalize
 from vllm_kvspec.train.data import collate, cut_prompts, load_rows, load_texts
 from vllm_kvspec.train.regeneration import Answer, Dialogue, PromptBar, Settings, plan_prompts, regenerate
@@ -525,6 +526,6 @@ def test_unfinished_rows_are_announced(prepare, tmp_path, caplog):
         ({}, "float32"),
     ],
 )
-def test_a_cpu_without_bfloat16_instructions_prepares_in_float32(target, monkeypatch, units, chosen):
+def test_a_cpu_without_bfloat16_instructions_prepares_in_float32(monkeypatch, units, chosen):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: units)
-    assert prepare_module._cpu_defaults(target, Settings()).get("dtype") == chosen
+    assert cpu_dtype().get("dtype") == chosen

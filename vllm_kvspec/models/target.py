@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a head sees of its target, in torch: KV and hidden states of whole sequences, embedding and LM head."""
 
+import copy
 import hashlib
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from huggingface_hub import snapshot_download
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from vllm_kvspec.config import KVSpecDraftConfig
 from vllm_kvspec.rope import layer_window
@@ -124,3 +128,50 @@ def weights_sha256(model: torch.nn.Module, per_parameter: int = 64) -> str:
         found.update(f"{name} {tuple(parameter.shape)}".encode())
         found.update(sample.numpy().tobytes())
     return found.hexdigest()
+
+
+# Of a weight file: evenly spaced pieces that are read, and their size.
+PIECES, PIECE_BYTES = 4096, 64
+
+
+def checkpoint_sha256(name: str) -> str:
+    """SHA-256 over size and ``PIECES`` evenly spaced pieces of each weight file of ``name`` (directory or repository).
+
+    As ``weights_sha256``, but without a model in memory, whatever its size.
+    """
+    patterns = ["*.safetensors", "*.bin"]
+    directory = Path(name if Path(name).is_dir() else snapshot_download(name, allow_patterns=patterns))
+    files = next(filter(None, (sorted(directory.glob(pattern)) for pattern in patterns)), [])
+    if not files:
+        raise ValueError(f"{directory} must hold the target's weights as {' or '.join(patterns)}, found none.")
+    found = hashlib.sha256()
+    for path in files:
+        size = path.stat().st_size
+        found.update(f"{size} ".encode())
+        with path.open("rb") as file:
+            for offset in range(0, size, max(PIECE_BYTES, size // PIECES)):
+                file.seek(offset)
+                found.update(file.read(PIECE_BYTES))
+    return found.hexdigest()
+
+
+def load_ends(name: str, dtype: torch.dtype, device: torch.device | str) -> PreTrainedModel:
+    """The target without its layers: embeddings, final norm and LM head, all that training reads beside a cache.
+
+    Its ``config`` is that of the whole target; its forward is not to be called.
+    """
+    config = AutoConfig.from_pretrained(name)
+    layerless = copy.deepcopy(config)
+    text_config = layerless.get_text_config()
+    text_config.num_hidden_layers = 0
+    if getattr(text_config, "layer_types", None):
+        text_config.layer_types = []
+    verbosity = transformers_logging.get_verbosity()
+    # Of the layers' weights that are not loaded.
+    transformers_logging.set_verbosity_error()
+    try:
+        ends = AutoModelForCausalLM.from_pretrained(name, config=layerless, dtype=dtype)
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    ends.config = config
+    return ends.to(device).eval()

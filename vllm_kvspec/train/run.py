@@ -2,9 +2,9 @@
 """The train command: check everything, then train, then write the head with the record of how it was made.
 
 Memory of a step, beside the weights of target and head, the optimizer's two moments and the head's gradients. The
-target runs online, without gradients; with ``cache_dir`` only what the head reads is in memory
-(``train.target_cache``). With B sequences of S tokens, A anchors a sequence, blocks of G rows and V
-scored tokens:
+target runs online, without gradients; of one with a complete ``cache_dir`` only embeddings and LM head are loaded,
+and only what the head reads is in memory (``train.target_cache``). With B sequences of S tokens, A anchors a sequence,
+blocks of G rows and V scored tokens:
 
     target's KV                2 * target layers * Hkv * D * B * S      values, in the target's dtype
     target's hidden states     B * S * H                                times 1 + layers with auxiliary layers
@@ -27,11 +27,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from vllm_kvspec.config import KVSpecDraftConfig, check_fingerprint, target_fingerprint, tokenizer_sha256
 from vllm_kvspec.models.draft_head import KVSpecDraftModel, head_config_for
+from vllm_kvspec.models.target import checkpoint_sha256, load_ends
 from vllm_kvspec.train.arguments import DataArguments, HeadArguments, RunArguments, parse, settings
 from vllm_kvspec.train.checkpoints import RECORD_NAME, find_checkpoint, is_finished, start_run
 from vllm_kvspec.train.data import collate, load_rows
 from vllm_kvspec.train.record import RunCallback, loss_history, memory, versions, write_head
-from vllm_kvspec.train.target_cache import TargetCache
+from vllm_kvspec.train.target_cache import TargetCache, torch_writer
 from vllm_kvspec.train.trainer import KVSpecTrainer, init_from_target
 from vllm_kvspec.train.vocabulary import frequent_tokens, token_counts
 
@@ -108,21 +109,23 @@ def train(argv: Sequence[str], **parser_options) -> Path:
         say("%s holds the head that these settings make; nothing to do.", output)
         return output
     resume_from = find_checkpoint(checkpoints, chosen, resume=not data.no_resume, overwrite=data.overwrite_output_dir)
-    head, target, rows, counts = _load(head_args, data, args)
+    head, target, rows, counts, cache = _load(head_args, data, args)
     record = _record_start(argv, chosen, data, head, rows, counts)
     if data.dry_run:
         record |= {"dry_run": True}
     else:
         say("Training a head of %d parameters on %d rows.", record["parameters"], len(rows))
-        record |= _run_trainer(head, target, rows, data, args, chosen, resume_from)
+        record |= _run_trainer(head, target, rows, cache, data, args, chosen, resume_from)
     if args.should_save:
         write_head(head, output, record | {"memory": memory(head, target)})
     say("Wrote %s%s.", output, ", untrained" if data.dry_run else "")
     return output
 
 
-def _load(head_args: HeadArguments, data: DataArguments, args: RunArguments):
-    """Head, target, rows and their token counts, checked against each other."""
+def load_rows_for(
+    head_args: HeadArguments, data: DataArguments, args: RunArguments
+) -> tuple[KVSpecDraftConfig, Dataset, TargetCache | None]:
+    """The head's shape, the rows, and their cache if one is asked for, checked against each other; no weights."""
     target_config = AutoConfig.from_pretrained(head_args.target_model).get_text_config()
     tokenizer = AutoTokenizer.from_pretrained(head_args.target_model)
     config = head_config(head_args, data.from_pretrained, target_config, tokenizer)
@@ -133,25 +136,42 @@ def _load(head_args: HeadArguments, data: DataArguments, args: RunArguments):
             tokenizer_sha256=tokenizer_sha256(tokenizer),
             max_length=target_config.max_position_embeddings,
         )
+    if not data.cache_dir:
+        return config, rows, None
+    weights = checkpoint_sha256(head_args.target_model)
+    return config, rows, TargetCache(Path(data.cache_dir), rows, config, compute_dtype(args), weights)
+
+
+def compute_dtype(args: RunArguments) -> torch.dtype:
+    """What the target is loaded and computed in."""
+    return torch.bfloat16 if args.bf16 else torch.float32
+
+
+def _load(head_args: HeadArguments, data: DataArguments, args: RunArguments):
+    """Head, target, rows, their token counts and cache."""
+    config, rows, cache = load_rows_for(head_args, data, args)
     counts = token_counts(rows, config.vocab_size)
-    target, _ = load_target(head_args.target_model, torch.bfloat16 if args.bf16 else torch.float32, args.device)
+    if cache and not cache.missing:
+        target = load_ends(head_args.target_model, compute_dtype(args), args.device)
+    else:
+        target, _ = load_target(head_args.target_model, compute_dtype(args), args.device)
     torch.manual_seed(args.seed)
-    return make_head(config, data.from_pretrained, target, counts), target, rows, counts
+    return make_head(config, data.from_pretrained, target, counts), target, rows, counts, cache
 
 
 def _run_trainer(
     head: KVSpecDraftModel,
     target: PreTrainedModel,
     rows: Dataset,
+    cache: TargetCache | None,
     data: DataArguments,
     args: RunArguments,
     chosen: dict,
     resume_from: Path | None,
 ) -> dict:
     """Train ``head``; what ``training.json`` says about it."""
-    cache = data.cache_dir and TargetCache(Path(data.cache_dir), rows, head.config, target)
     if cache:
-        cache.fill(args.process_index, args.world_size)
+        cache.fill(torch_writer(target, head.config), args.process_index, args.world_size)
         # Shards of the other processes.
         PartialState().wait_for_everyone()
     trainer = KVSpecTrainer(

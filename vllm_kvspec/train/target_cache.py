@@ -10,13 +10,15 @@ probabilities), and the auxiliary hidden states if the head has any. Embeddings 
     Qwen3-8B, a head of three layers     20,480
 
 The records of a row's tokens follow each other, in memory-mapped shards of whole rows: what is not in memory is read
-from the disk. A shard has its name when it is complete, so an interrupted run goes on with the next one.
+from the disk. A shard has its name when it is complete, so an interrupted run goes on with the next one. Who computes
+them is a ``Writer``: the target in torch (``torch_writer``), or vLLM's engine (``vllm_kvspec.cache``).
 """
 
 import hashlib
 import json
 import logging
 import shutil
+from collections.abc import Callable
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
@@ -28,7 +30,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from vllm_kvspec.config import KVSpecDraftConfig
-from vllm_kvspec.models.target import TargetView, kv_windows, view_target, weights_sha256
+from vllm_kvspec.models.target import TargetView, kv_windows, view_target
 from vllm_kvspec.train.checkpoints import differences, write_json
 
 logger = logging.getLogger(__name__)
@@ -38,6 +40,10 @@ SHARD_BYTES = 128 << 20
 TOKENS_PER_BATCH = 4096
 CONTENTS_NAME = "contents.json"
 ROWS_PER_BATCH = 1000
+
+# Writes the records of rows of token ids into a file of int16 [tokens, W], row i from token starts[i] on; to be told of
+# the tokens that are done.
+Writer = Callable[[Path, list[list[int]], list[int], Callable[[int], None]], None]
 
 
 def record_sizes(config: KVSpecDraftConfig) -> list[int]:
@@ -68,23 +74,52 @@ def unpack(
     return TargetView(kv=pairs, windows=kv_windows(target, config), hidden=last, embeds=embeds, fused=fused)
 
 
+def torch_writer(target: PreTrainedModel, config: KVSpecDraftConfig) -> Writer:
+    """Records by ``target`` itself, without gradients, rows of about the same length together: little padding."""
+
+    @torch.no_grad()
+    def write(file: Path, rows: list[list[int]], starts: list[int], done: Callable[[int], None]) -> None:
+        records = np.memmap(file, np.int16, "r+").reshape(-1, sum(record_sizes(config)))
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+        while order:
+            batch = order[: max(1, TOKENS_PER_BATCH // len(rows[order[0]]))]
+            while len(batch) > 1 and len(batch) * len(rows[batch[-1]]) > TOKENS_PER_BATCH:
+                batch.pop()
+            order = order[len(batch) :]
+            ids = [torch.tensor(rows[i]) for i in batch]
+            padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True).to(target.device)
+            packed = pack(view_target(target, config, padded), record_dtype(target.dtype)).cpu().view(torch.int16)
+            for values, i in zip(packed.numpy(), batch, strict=True):
+                records[starts[i] : starts[i] + len(rows[i])] = values[: len(rows[i])]
+                done(len(rows[i]))
+        records.flush()
+
+    return write
+
+
+def record_dtype(target_dtype: torch.dtype) -> torch.dtype:
+    """Bfloat16 states are kept as they are, others in float16."""
+    return torch.bfloat16 if target_dtype == torch.bfloat16 else torch.float16
+
+
 class TargetCache(torch.utils.data.Dataset):
     """Training rows with the target's records: item i is row i and ``records`` [its tokens, W].
 
-    ``rows``: as ``data.load_rows`` gives them. Bfloat16 targets are kept as they are, others in float16. Raises
-    ValueError when ``directory`` holds the records of something else, or the disk has no room for these.
+    ``rows``: as ``data.load_rows`` gives them; ``dtype``: the target's while it computes; ``weights``: what tells its
+    weights from others (``checkpoint_sha256``). Raises ValueError when ``directory`` holds the records of something
+    else, or the disk has no room for these.
     """
 
-    def __init__(self, directory: Path, rows: Dataset, config: KVSpecDraftConfig, target: PreTrainedModel):
-        self.directory, self.rows, self.config, self.target = directory, rows, config, target
-        self.dtype = torch.bfloat16 if target.dtype == torch.bfloat16 else torch.float16
+    def __init__(self, directory: Path, rows: Dataset, config: KVSpecDraftConfig, dtype: torch.dtype, weights: str):
+        self.directory, self.rows, self.config = directory, rows, config
+        self.dtype = record_dtype(dtype)
         self.width = sum(record_sizes(config))
         digest, self.lengths = _digest_and_lengths(rows)
         self.starts = [0, *accumulate(self.lengths)]
         self.shards = _shards(self.starts, SHARD_BYTES // self.bytes_per_token)
         self.shard_of = [i for i, (first, end) in enumerate(self.shards) for _ in range(first, end)]
         self.contents = {
-            "target_weights_sha256": weights_sha256(target),
+            "target_weights_sha256": weights,
             "rows_sha256": digest,
             "dtype": str(self.dtype),
             "target_kv_layer_ids": config.target_kv_layer_ids,
@@ -115,9 +150,14 @@ class TargetCache(torch.utils.data.Dataset):
         elif self.directory.is_dir() and any(self.directory.iterdir()):
             raise ValueError(f"cache_dir must be new, empty or a cache, found other files in {self.directory}.")
 
-    def fill(self, rank: int = 0, world_size: int = 1) -> None:
-        """Compute the shards that are missing; with several processes, each its share of them."""
-        missing = [i for i in range(len(self.shards)) if not self._path(i).is_file()]
+    @property
+    def missing(self) -> list[int]:
+        """Shards that are not there yet."""
+        return [i for i in range(len(self.shards)) if not self._path(i).is_file()]
+
+    def fill(self, write: Writer, rank: int = 0, world_size: int = 1) -> None:
+        """Have ``write`` compute the shards that are missing; with several processes, each its share of them."""
+        missing = self.missing
         needed = self.bytes_per_token * sum(self._tokens(i) for i in missing)
         self.directory.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(self.directory).free
@@ -133,27 +173,15 @@ class TargetCache(torch.utils.data.Dataset):
         total = sum(self._tokens(i) for i in own)
         with tqdm(total=total, desc="target's states", unit="token", disable=None if own else True) as bar:
             for shard in own:
-                self._write(shard, bar)
+                self._write(shard, write, bar.update)
 
-    @torch.no_grad()
-    def _write(self, shard: int, bar: tqdm) -> None:
+    def _write(self, shard: int, write: Writer, done: Callable[[int], None]) -> None:
         first, end = self.shards[shard]
         partial = self._path(shard).with_suffix(".partial")
-        records = np.memmap(partial, np.int16, "w+", shape=(self._tokens(shard), self.width))
-        # Rows of about the same length together: little padding.
-        order = sorted(range(first, end), key=self.lengths.__getitem__)
-        while order:
-            batch = order[: max(1, TOKENS_PER_BATCH // self.lengths[order[0]])]
-            while len(batch) > 1 and len(batch) * self.lengths[batch[-1]] > TOKENS_PER_BATCH:
-                batch.pop()
-            order = order[len(batch) :]
-            ids = [torch.tensor(row) for row in self.rows[batch]["input_ids"]]
-            padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True).to(self.target.device)
-            packed = pack(view_target(self.target, self.config, padded), self.dtype).cpu().view(torch.int16).numpy()
-            for values, row in zip(packed, batch, strict=True):
-                records[self._slice(row, first)] = values[: self.lengths[row]]
-                bar.update(self.lengths[row])
-        records.flush()
+        with partial.open("wb") as file:
+            file.truncate(self.bytes_per_token * self._tokens(shard))
+        starts = [self.starts[row] - self.starts[first] for row in range(first, end)]
+        write(partial, list(self.rows[list(range(first, end))]["input_ids"]), starts, done)
         partial.rename(self._path(shard))
 
     def _path(self, shard: int) -> Path:
