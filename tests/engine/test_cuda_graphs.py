@@ -85,10 +85,10 @@ def test_the_launchers_of_triton_kernels(
 def chosen_by_the_batch(build):
     """A stale value: which kernel runs is decided by the host's count of drafts, as it stands during a capture."""
 
-    def broken(self, prefix, common, fast_build=False):
+    def broken(self, *args, **kwargs):
         if self.tree_state.num_draft_reqs == 0:
-            return super(TreeMetadataBuilder, self).build(prefix, common, fast_build)
-        return build(self, prefix, common, fast_build)
+            return super(TreeMetadataBuilder, self).build(*args, **kwargs)
+        return build(self, *args, **kwargs)
 
     return broken
 
