@@ -25,8 +25,8 @@ from vllm_kvspec.engine.verify.attention_cuda import TreeMetadataBuilder
         pytest.param({}, ALL, True, id="head"),
         pytest.param({"model": "token by token"}, ("greedy", "mixed"), False, id="head-token-by-token"),
         pytest.param({"model": None}, (*CORE, "mixed"), True, id="without-a-head"),
-        pytest.param({"graft": True}, ("sampled", "mixed"), False, id="graft"),
-        pytest.param({"tree": [3, 1, 1], "num_speculative_tokens": 9}, ("sampled", "mixed"), False, id="fixed-widths"),
+        pytest.param({"graft": True}, ("greedy", "mixed"), False, id="graft"),
+        pytest.param({"tree": [3, 1, 1], "num_speculative_tokens": 9}, ("greedy", "mixed"), False, id="fixed-widths"),
         pytest.param({"tree": "chain", "num_speculative_tokens": 6}, ("greedy", "sampled"), False, id="chain"),
     ],
 )
@@ -44,7 +44,7 @@ def test_text_and_drafts(make_engine, with_graphs, replays, spec, check, tmp_pat
     assert accepted[0]["accepted_tokens"] > 0
     assert not replays.wrong
     assert {graph.uniform_token_count for graph in replays.target} == {1 + keys["num_speculative_tokens"]}
-    assert min(len(replays.target), len(replays.drafter), 10 * replays.padded) > 20
+    assert min(len(replays.target), len(replays.drafter)) > 10 and replays.padded
 
 
 @pytest.mark.cpu
