@@ -93,9 +93,14 @@ def chosen_by_the_batch(build):
     return broken
 
 
-def without_chains(dispatch):
-    """A stale value: a graph, captured for trees, serves a batch in which some request must get a chain."""
-    return lambda self, num_reqs, nodes, with_chains: dispatch(self, num_reqs, nodes, False)
+def with_a_switch(propose):
+    """A stale value, of the drafter: the host decides in every step whether drafts know the noise."""
+
+    def broken(self, *args, **kwargs):
+        self.drafter.coupled = not self.drafter.coupled
+        return propose(self, *args, **kwargs)
+
+    return broken
 
 
 def with_new_masks(prepare_attn):
@@ -121,20 +126,20 @@ def with_new_rows(propose):
 
 @pytest.mark.cpu
 @pytest.mark.parametrize(
-    ("owner", "name", "broken", "tree", "where"),
+    ("owner", "name", "broken", "where"),
     [
-        (TreeMetadataBuilder, "build", chosen_by_the_batch, "auto", "text"),
-        (KVSpecSpeculator, "_dispatch", without_chains, [3, 1, 1], "text"),
-        (KVSpecRunnerMixin, "prepare_attn", with_new_masks, "auto", "text"),
-        (KVSpecSpeculator, "propose", with_new_rows, "auto", "drafts"),
+        (TreeMetadataBuilder, "build", chosen_by_the_batch, "text"),
+        (KVSpecSpeculator, "propose", with_a_switch, "drafts"),
+        (KVSpecRunnerMixin, "prepare_attn", with_new_masks, "text"),
+        (KVSpecSpeculator, "propose", with_new_rows, "drafts"),
     ],
 )
 def test_planted_defects_are_seen(
-    make_engine, with_graphs, replays, spec, reference, monkeypatch, owner, name, broken, tree, where
+    make_engine, with_graphs, replays, spec, reference, monkeypatch, owner, name, broken, where
 ):
     """Eager, such engines write the text of plain decoding."""
     monkeypatch.setattr(owner, name, broken(getattr(owner, name)))
-    with make_engine(spec(9, tree=tree), **with_graphs) as llm:
+    with make_engine(spec(9), **with_graphs) as llm:
         (found,) = generate(llm, [BATCHES["mixed"]()])
     found, expected = (
         [[sample["token_ids"] for sample in samples] for samples in batch] for batch in (found, reference["mixed"])
