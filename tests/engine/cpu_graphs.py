@@ -6,7 +6,6 @@ captured again. Its attention is what a GPU has, our CUDA backend, over a stock 
 Graphs of mixed batches are out: they need a compiled model.
 """
 
-import importlib
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -80,20 +79,6 @@ def install(patch: pytest.MonkeyPatch) -> dict:
     _install_platform(patch)
     _install_worker(patch)
     return WITH_GRAPHS
-
-
-def use_triton(patch: pytest.MonkeyPatch) -> None:
-    """The launchers of the GPU's kernels instead of the CPU's; an entry of a record is then one kernel, interpreted."""
-    from triton.runtime.interpreter import InterpretedFunction
-
-    patch.setattr(InterpretedFunction, "run", launch(InterpretedFunction.run))
-    patch.setattr(ops, "USE_TRITON", True)
-    patch.setattr(ops, "USE_COMPILED", False)
-    files = {"own_matches": "recycle", "recycle_tree": "recycle", "recycle_update": "recycle"}
-    files |= {"tree_level": "tree_candidates"}
-    for name in KERNELS:
-        module = importlib.import_module(f"vllm_kvspec.kernels.{files.get(name, name)}")
-        patch.setattr(ops, name, getattr(module, name))
 
 
 def _install_platform(patch: pytest.MonkeyPatch) -> None:

@@ -61,27 +61,6 @@ def test_the_nodes_change_with_the_load(make_engine, with_graphs, replays, spec,
     assert len(replays.drafter) > 10 and not replays.wrong
 
 
-@pytest.mark.cpu
-@pytest.mark.parametrize("keys", [{"graft": True}, {"model": "token by token"}], ids=["graft", "head-token-by-token"])
-def test_the_launchers_of_triton_kernels(
-    make_engine, with_graphs, replays, spec, reference, monkeypatch, tmp_path, keys
-):
-    """What they do on the host a graph can hold. The kernels are interpreted: two short requests."""
-    from cpu_graphs import use_triton
-
-    use_triton(monkeypatch)
-    if keys.get("model"):
-        keys = {"model": write_head(tmp_path, drafting="autoregressive")}
-    requests = BATCHES["greedy"]()[1:3]
-    for request in requests:
-        request["params"]["max_tokens"] = 8
-    with make_engine(spec(3, **keys), max_num_seqs=2, **with_graphs) as llm:
-        (found,) = generate(llm, [requests])
-    for (have,), (want,) in zip(found, reference["greedy"][1:3], strict=True):
-        assert have["token_ids"] == want["token_ids"][:8]
-    assert replays.target and replays.drafter and not replays.wrong
-
-
 def chosen_by_the_batch(build):
     """A stale value: which kernel runs is decided by the host's count of drafts, as it stands during a capture."""
 
