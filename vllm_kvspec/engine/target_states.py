@@ -52,16 +52,18 @@ class Recorder:
                 "name others: --target_kv_layer_ids."
             )
         for number, module in enumerate(modules):
-            module.register_forward_pre_hook(self._keeper(number), with_kwargs=True)
+            # No hook: models out of transformers call ``forward`` themselves.
+            module.forward = self._keeping(number, module.forward)
         self._find_columns(runner, modules)
         self.sample = runner.sample
         runner.sample = self._record_and_sample
 
-    def _keeper(self, number: int):
-        def keep(module, args, kwargs):
-            # vLLM's Attention.forward(query, key, value)
-            given = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
-            self.layers[number] = given["key"], given["value"]
+    def _keeping(self, number: int, forward):
+        """vLLM's ``Attention.forward`` that remembers the keys and values it was given."""
+
+        def keep(query, key, value, *args, **kwargs):
+            self.layers[number] = key, value
+            return forward(query, key, value, *args, **kwargs)
 
         return keep
 
