@@ -28,7 +28,12 @@ from vllm_kvspec.engine.verify.attention_cpu import (
 )
 from vllm_kvspec.engine.verify.attention_cuda import TreeAttention, TreeMetadataBuilder
 
-WITH_GRAPHS = {"enforce_eager": False, "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}}
+WITH_GRAPHS = {
+    "enforce_eager": False,
+    "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"},
+    # Without graphs there is none either.
+    "kernel_config": {"enable_jit_warmup": False},
+}
 # What does its work outside of torch's operations.
 KERNELS = [name for name in ops.__all__ if not name.startswith("USE_") and name != "fixed_linear"]
 
