@@ -109,14 +109,6 @@ def test_text_is_that_of_plain_decoding(serve, check, kind, keys, names):
         assert spec_counters(llm)["accepted_tokens"] > 0
 
 
-@pytest.mark.cpu
-def test_cuda_graphs(serve, check, with_graphs, replays):
-    """Heads of two sizes, caches that layers share, and a pass of the assistant for every level."""
-    with serve("small", {"num_speculative_tokens": 8}, **with_graphs) as llm:
-        check(llm, "small", (*CORE, "mixed"))
-    assert replays.target and len(replays.drafter) > 20 and not replays.wrong
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_oracle_trees(serve, check, oracle_files, kind):
     """Long accepted paths through side branches: their rows move in every cache, in a shared one once."""
