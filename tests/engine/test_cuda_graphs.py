@@ -44,7 +44,9 @@ def test_text_and_drafts(make_engine, with_graphs, replays, spec, check, tmp_pat
     assert accepted[0]["accepted_tokens"] > 0
     assert not replays.wrong
     assert {graph.uniform_token_count for graph in replays.target} == {1 + keys["num_speculative_tokens"]}
-    assert min(len(replays.target), len(replays.drafter)) > 10 and replays.padded
+    assert min(len(replays.target), len(replays.drafter)) > 10
+    # The longer rows.
+    assert replays.padded or not beside
 
 
 @pytest.mark.cpu
