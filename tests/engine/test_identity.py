@@ -14,7 +14,6 @@ from requests_mix import ALL, BATCHES, CORE
 @pytest.mark.parametrize(
     ("keys", "names"),
     [
-        pytest.param({"num_speculative_tokens": 8}, ALL, id="head-tree"),
         pytest.param({"draft_noise": "none", "num_speculative_tokens": 32, "tree_width": 6}, CORE, id="head-uncoupled"),
         pytest.param({"tree": "chain", "num_speculative_tokens": 6}, CORE, id="head-chain"),
         pytest.param({"tree": [3, 1, 1], "num_speculative_tokens": 9}, (*CORE, "mixed"), id="head-fixed-widths"),
