@@ -84,7 +84,8 @@ def speculative_config(method: str, arguments: argparse.Namespace, models: dict[
         if method == "kvspec-chain":
             shape = {"num_speculative_tokens": depth, "tree": "chain"}
         budget = "auto" if method == "kvspec-auto" else "fixed"
-        return {"method": "kvspec", "model": models["kvspec"], "budget": budget, **shape}
+        # Forced acceptance says nothing about grafts, so the head drafts alone.
+        return {"method": "kvspec", "model": models["kvspec"], "budget": budget, "graft": False, **shape}
     return {"method": method, "model": models[method], "num_speculative_tokens": depth}
 
 

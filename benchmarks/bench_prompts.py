@@ -38,8 +38,8 @@ METHODS = (
 )  # fmt: skip
 METHOD = (
     "ngram, eagle3: vLLM's, 5 tokens. recycle: kvspec without a head, 16 nodes, one table for all prompts. chain, 8, "
-    "16, 32: the head. uncoupled: 16 nodes without the target's noise. graft: 16 nodes of head and recycle. -auto: at "
-    "most 16 nodes, as many as pay, which is what a server does by default.\n\n"
+    "16, 32: the head alone. uncoupled: 16 nodes without the target's noise. graft: 16 nodes of head and recycle. "
+    "auto, -auto: at most 16 nodes, as many as pay; graft-auto is what a server does by default.\n\n"
     "tau: tokens per engine step of a request that is alone, after its prompt's; mean over prompts and its standard "
     "error. identical: texts equal to those without speculation (a difference can be a near-tie of logits that two "
     "batch shapes round differently). tokens/s: prompts and prefill included; the categories one after another."
@@ -97,14 +97,13 @@ def speculative_config(method: str, head: str, eagle3: str | None = None) -> dic
         return {"method": "eagle3", "model": eagle3, "num_speculative_tokens": 5}
     kvspec = {"method": "kvspec", "num_speculative_tokens": 16, "budget": "auto" if "auto" in method else "fixed"}
     if not method.startswith("recycle"):
-        kvspec["model"] = head
+        # The head alone, unless the method says otherwise.
+        kvspec |= {"model": head, "graft": method.startswith("graft")}
     if method == "chain":
         del kvspec["num_speculative_tokens"]
         return kvspec | {"tree": "chain"}
     if method == "uncoupled":
         return kvspec | {"draft_noise": "none"}
-    if method.startswith("graft"):
-        return kvspec | {"graft": True}
     return kvspec | ({"num_speculative_tokens": int(method)} if method.isdigit() else {})
 
 

@@ -7,7 +7,7 @@ from kernel_cases import Case, Geometry, Outputs, difference, random_parents, ra
 from vllm_kvspec.kernels import reference, reference_candidates, reference_draft_inputs
 from vllm_kvspec.kernels.draft_inputs import draft_inputs
 from vllm_kvspec.kernels.gumbel_noise import gumbel_noise
-from vllm_kvspec.kernels.reference_candidates import plan_levels
+from vllm_kvspec.kernels.reference_candidates import RankingScales, plan_levels
 from vllm_kvspec.kernels.reference_draft_inputs import DraftRows
 from vllm_kvspec.kernels.tree_build import tree_build
 from vllm_kvspec.kernels.tree_candidates import tree_candidates
@@ -107,7 +107,8 @@ def tree_candidates_case(g: Geometry, batch: int, device: torch.device) -> Case:
     requests = torch.arange(batch, device=device)
     keywords = dict(
         levels=plan_levels(rows, BEAM, WIDTH), base=1000 + 7 * requests, idx_mapping=requests,
-        temperature=torch.ones(batch, device=device), seeds=7919 * (1 + requests), coupled=True, greedy_scale=0.5,
+        temperature=torch.ones(batch, device=device), seeds=7919 * (1 + requests), coupled=True,
+        scales=RankingScales(0.5, 1.0),
     )  # fmt: skip
     # In 16 bits torch would round the bias, which the kernel adds up in fp32.
     exact = (transition_in.float(), transition_out.float())

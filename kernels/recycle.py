@@ -408,7 +408,7 @@ def _tree_kernel(
             at = _first_child(parents, candidate, mine, num_candidates) + lane - FIRST_HEAD
             near = of_head & (lane - FIRST_HEAD < head_width) & (at < num_candidates) & is_used
             own = tl.load(head_score_ptr + mine, mask=mine >= 0, other=0.0)
-            believed = tl.load(head_score_ptr + at, mask=near, other=float("-inf")) - own
+            believed = tl.load(head_score_ptr + at, mask=near, other=float("-inf")) - own + tl.log(1.0 - confidence)
             near = near & (believed > float("-inf"))
             child = tl.where(near, tl.load(head_token_ptr + at, mask=near, other=-1).to(tl.int32), child)
             has_child = has_child | near

@@ -7,7 +7,7 @@ level, K = parents of the next one, M = candidates of all levels.
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -62,14 +62,29 @@ def plan_levels(block_size: int, beam: int, width: int, num_nodes: int | None = 
     return levels
 
 
-def ranking_scale(temperature: torch.Tensor, coupled: bool, greedy_scale: float) -> torch.Tensor:
+class RankingScales(NamedTuple):
+    """What the scores of a drafter are divided by, constants of it: ``greedy`` at temperature 0, ``coupled`` above it,
+    with the target's noise added. See ``ranking_scale``."""
+
+    greedy: float
+    coupled: float
+
+    @classmethod
+    def of(cls, config: Any) -> "RankingScales":
+        """Those that a drafter's config says."""
+        return cls(config.greedy_scale, config.coupled_scale)
+
+
+def ranking_scale(temperature: torch.Tensor, coupled: bool, scales: RankingScales) -> torch.Tensor:
     """Divisor [B] fp32 of the scores of requests with ``temperature`` [B].
 
     Scores must be beliefs about the token that the target will pick, or the tree spends its nodes badly. Sampling picks
-    from softmax(l / T), and with the noise known from softmax(l + noise). Greedy decoding picks the best token, which
-    is surer than softmax(l) says: ``greedy_scale`` below 1, a constant of the head.
+    from softmax(l / T), as far as anyone knows who does not know the noise. With it known, the token is the best of l +
+    noise, and in greedy decoding the best of l: what is left to doubt is the drafter's l, and the surer that is, the
+    smaller its divisor.
     """
-    return torch.where(temperature > 0, torch.ones_like(temperature) if coupled else temperature, greedy_scale)
+    sampled = torch.full_like(temperature, scales.coupled) if coupled else temperature
+    return torch.where(temperature > 0, sampled, scales.greedy)
 
 
 def root_parents(anchor: torch.Tensor) -> Parents:
@@ -127,7 +142,7 @@ def tree_candidates(
     temperature: torch.Tensor,
     seeds: torch.Tensor,
     coupled: bool,
-    greedy_scale: float,
+    scales: RankingScales,
     chain: torch.Tensor | None = None,
     draft_ids: torch.Tensor | None = None,
     gate: torch.Tensor | None = None,
@@ -145,7 +160,7 @@ def tree_candidates(
         temperature: fp32 ``[R]``.
         seeds: int64 ``[R]``.
         coupled: rank under the noise the target will sample with.
-        greedy_scale: see ``ranking_scale``.
+        scales: see ``ranking_scale``.
         chain: int or bool ``[R]``, nonzero for requests that want a chain: all but the first candidate of a level get
             score -inf.
         draft_ids: int64 ``[Vd]``, target token of each entry of the head's vocabulary; None when they are equal.
@@ -161,7 +176,7 @@ def tree_candidates(
     noise = _noise(base, depths, idx_mapping, temperature, seeds, coupled, draft_ids, depth_logits.shape[-1])
     return expand_tree(
         depth_logits, anchor, transition_in, transition_out, noise,
-        ranking_scale(temperature[idx_mapping], coupled, greedy_scale),
+        ranking_scale(temperature[idx_mapping], coupled, scales),
         levels=levels, chain=None if chain is None else chain[idx_mapping] != 0, draft_ids=draft_ids, gate=gate,
     )  # fmt: skip
 
@@ -213,7 +228,7 @@ def tree_level(
     temperature: torch.Tensor,
     seeds: torch.Tensor,
     coupled: bool,
-    greedy_scale: float,
+    scales: RankingScales,
     chain: torch.Tensor | None = None,
     draft_ids: torch.Tensor | None = None,
     gate: torch.Tensor | None = None,
@@ -246,7 +261,7 @@ def tree_level(
     noise = _noise(base, depths, idx_mapping, temperature, seeds, coupled, draft_ids, logits.shape[-1])
     return expand_level(
         logits, parents, transition_in, transition_out, noise,
-        ranking_scale(temperature[idx_mapping], coupled, greedy_scale),
+        ranking_scale(temperature[idx_mapping], coupled, scales),
         level=level, chain=None if chain is None else chain[idx_mapping] != 0, draft_ids=draft_ids, gate=gate,
         candidates=candidates, offset=offset,
     )  # fmt: skip

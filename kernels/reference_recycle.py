@@ -25,16 +25,17 @@ MATCHES = 8
 # Children of a node that a head may name.
 HEAD_WIDTH = 8
 # The longest suffix that is told apart, and the bits of a position beside its length in a match.
-LONGEST = 8
+LONGEST = 15
 POSITION_BITS = 27
 # How far a source is believed: a table's probabilities by the kind of their key, two tokens or one; what else could
 # have stood in a token's place, as a share of what these leave; 1 - exp(-MATCH_RATE * n) after n tokens of the text
 # that agree; of several places by exp(LENGTH_RATE * n), and by exp(-PLACE_RATE) less than the one before in the order
 # of ``own_matches``.
 PAIR_TRUST, TOKEN_TRUST, GUESS_TRUST = 0.98, 0.8, 0.5
-# Beside a head, greedy and sampled: a head knows the noise's favourites better.
+# Beside a head, greedy and sampled: a head knows the noise's favourites better. The head is believed as far as the text
+# leaves room.
 GRAFT_TRUST, GRAFT_TRUST_SAMPLED = 1.0, 0.05
-MATCH_RATE, LENGTH_RATE, PLACE_RATE = 0.29, 1.1, 0.05
+MATCH_RATE, LENGTH_RATE, PLACE_RATE = 0.35, 1.1, 0.05
 # The least that is left for tokens which no source knows.
 REST = 0.02
 # At temperature 0 a broad tree finds more, and verifying it teaches more, than the probabilities alone would have it.
@@ -182,7 +183,7 @@ def recycle_tree(
     noise is the target's at ``base + depth`` of the node; the scale is the temperature, GREEDY_SCALE when that is 0.
 
     With ``head`` its candidates take part: a child that it names too has the higher of both scores, where those of the
-    other sources count by GRAFT_TRUST, or GRAFT_TRUST_SAMPLED.
+    other sources count by GRAFT_TRUST, or GRAFT_TRUST_SAMPLED, and the head's by what the text is not believed.
 
     Args:
         matches: int32 ``[B, MATCHES]`` of ``own_matches``.
@@ -286,21 +287,24 @@ class _Tree:
         """Children of the newest node: token -> (score given the node, source)."""
         share: dict[int, float] = {}
         most: dict[int, tuple[float, str]] = {}
-        for source, child, part in self._shares(table, node):
+        confidence, shares = self._shares(table, node)
+        for source, child, part in shares:
             if part > 0:
                 share[child] = share.get(child, 0.0) + part
                 most[child] = max(most.get(child, (0.0, "")), (part, source), key=lambda entry: entry[0])
         position = len(self.text) - 1 + self.depth[node]
         scores = _scores(share, position, self.temperature, self.seed, self.coupled)
         found = {child: (score, most[child][1]) for child, score in scores.items()}
-        return self._grafted(found, node) if self.head else found
+        return self._grafted(found, node, 1 - confidence) if self.head else found
 
-    def _grafted(self, children: dict[int, tuple[float, str]], node: int) -> dict[int, tuple[float, str]]:
-        """The children's scores, or the head's where those are higher, and the head's own children."""
+    def _grafted(self, children: dict[int, tuple[float, str]], node: int, left: float) -> dict[int, tuple[float, str]]:
+        """The children's scores, or the head's where those are higher, and the head's own children. ``left``: how far
+        the head is believed."""
         named = self._of_head(self.origin[self.parent[node]]) if node else {}
         self.origin.append(named.get(self.token[node], (-2, 0.0))[0] if node else -1)
         merged = {child: (score + math.log(self.trust), source) for child, (score, source) in children.items()}
         for child, (_, score) in self._of_head(self.origin[node]).items():
+            score += math.log(left)
             if score >= merged.get(child, (-math.inf, ""))[0]:
                 merged[child] = score, HEAD
         return merged
@@ -323,8 +327,8 @@ class _Tree:
         path += self.text[:-1][::-1][:2]
         return tuple((path + [-1, -1])[:2])
 
-    def _shares(self, table: RecycleTable, node: int) -> list[tuple[str, int, float]]:
-        """What each source names after a node, in order: (source, child, probability)."""
+    def _shares(self, table: RecycleTable, node: int) -> tuple[float, list[tuple[str, int, float]]]:
+        """How far the text is believed, and what each source names after a node: (source, child, probability)."""
         token, depth, base = self.token[node], self.depth[node], len(self.text) - 1
         above = self.alive[self.parent[node]] if node else self.matches
         alive = [match for match in above if match[2] + depth < base and self.text[match[2] + depth] == token]
@@ -333,10 +337,12 @@ class _Tree:
         confidence = 1 - math.exp(-MATCH_RATE * min(longest, LONGEST))
         weights = [math.exp(LENGTH_RATE * (n + depth - longest) - PLACE_RATE * place) for place, n, _ in alive]
         before, earlier = self._before(node)
-        entries, trust, key = self._entries(table, before, token) if before >= 0 else [], PAIR_TRUST, TWO_TOKENS
-        if not entries:
-            entries, trust, key = self._entries(table, -1, token), TOKEN_TRUST, ONE_TOKEN
-        guesses = self._entries(table, earlier, before) or self._entries(table, -1, before)
+        keys = [(before, token), (-1, token), (earlier, before), (-1, before)]
+        pair, alone, over, other = self._entries(table, keys)
+        entries, trust, key = alone, TOKEN_TRUST, ONE_TOKEN
+        if before >= 0 and pair:
+            entries, trust, key = pair, PAIR_TRUST, TWO_TOKENS
+        guesses = over or other
         left = GUESS_TRUST * (1 - trust if entries else 1)
         found = [(key, child, (1 - confidence) * trust * math.exp(log_prob)) for child, log_prob in entries]
         found += [
@@ -344,17 +350,17 @@ class _Tree:
             for (_, _, end), weight in zip(alive, weights, strict=True)
         ]
         found += [(GUESS, child, (1 - confidence) * left * math.exp(lp)) for child, lp in guesses if child != token]
-        return found
+        return confidence, found
 
-    def _entries(self, table: RecycleTable, before: int, token: int) -> list[tuple[int, float]]:
-        """What the table has for the two tokens, or with ``before`` -1 for one: (successor, log-probability)."""
-        if token < 0:
-            return []
-        key = torch.tensor([self.owner]), torch.tensor([before]), torch.tensor([token])
-        slot = int(slot_of(*key, len(table.owner)))
-        if table.owner[slot] != self.owner or table.context[slot] != context_of(*key[1:]):
-            return []
-        return list(zip(table.token[slot].tolist(), table.log_prob[slot].tolist(), strict=True))
+    def _entries(self, table: RecycleTable, keys: list[tuple[int, int]]) -> list[list[tuple[int, float]]]:
+        """What the table has for each (token before, token), the first -1 for keys of one token, the second -1 for
+        none: (successor, log-probability)."""
+        before, token = torch.tensor(keys, device=table.owner.device).T
+        owner = torch.full_like(token, self.owner)
+        slots = slot_of(owner, before, token, len(table.owner))
+        known = (token >= 0) & (table.owner[slots] == owner) & (table.context[slots] == context_of(before, token))
+        found = zip(table.token[slots].tolist(), table.log_prob[slots].tolist(), known.tolist(), strict=True)
+        return [list(zip(tokens, log_probs, strict=True)) if there else [] for tokens, log_probs, there in found]
 
     def columns(self, size: int) -> tuple[list[int], list[int], list[int], list[int]]:
         """Tokens, parents, depths and ancestor masks; unused nodes continue as a chain."""

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from vllm_kvspec.kernels.gumbel_noise import gumbel, noise_key
-from vllm_kvspec.kernels.reference_candidates import Candidates, Level, Parents, expand
+from vllm_kvspec.kernels.reference_candidates import Candidates, Level, Parents, RankingScales, expand
 
 # More heads of splits than this (times parents) would not fit in the second kernel's registers.
 MAX_SPLITS = 512
@@ -92,6 +92,7 @@ def _child_scores_kernel(
     num_parents,
     depth,
     greedy_scale,
+    coupled_scale,
     num_entries,
     num_splits,
     COUPLED: tl.constexpr,
@@ -143,7 +144,7 @@ def _child_scores_kernel(
             position = tl.load(base_ptr + owner, mask=in_batch, other=0) + depth
             noise = gumbel(noise_key(seed, position)[:, None], token)
             common += tl.where(temperature[:, None] > 0.0, temperature[:, None] * noise, 0.0)
-        inverse_scale = tl.where(temperature > 0.0, 1.0, 1.0 / greedy_scale)
+        inverse_scale = 1.0 / tl.where(temperature > 0.0, coupled_scale, greedy_scale)
     else:
         inverse_scale = 1.0 / tl.where(temperature > 0.0, temperature, greedy_scale)
 
@@ -316,7 +317,7 @@ def tree_level(
     temperature: torch.Tensor,
     seeds: torch.Tensor,
     coupled: bool,
-    greedy_scale: float,
+    scales: RankingScales,
     chain: torch.Tensor | None = None,
     draft_ids: torch.Tensor | None = None,
     gate: torch.Tensor | None = None,
@@ -384,7 +385,8 @@ def tree_level(
             requests,
             each,
             depth,
-            greedy_scale,
+            scales.greedy,
+            scales.coupled,
             num_entries,
             num_splits,
             COUPLED=coupled,
@@ -456,7 +458,7 @@ def tree_candidates(
     temperature: torch.Tensor,
     seeds: torch.Tensor,
     coupled: bool,
-    greedy_scale: float,
+    scales: RankingScales,
     chain: torch.Tensor | None = None,
     draft_ids: torch.Tensor | None = None,
     gate: torch.Tensor | None = None,
@@ -470,5 +472,5 @@ def tree_candidates(
     return expand(
         tree_level, depth_logits, anchor, transition_in, transition_out,
         levels=levels, base=base, idx_mapping=idx_mapping, temperature=temperature, seeds=seeds, coupled=coupled,
-        greedy_scale=greedy_scale, chain=chain, draft_ids=draft_ids, gate=gate,
+        scales=scales, chain=chain, draft_ids=draft_ids, gate=gate,
     )  # fmt: skip

@@ -13,7 +13,7 @@ MODEL_TYPES = ("gemma4_assistant", "gemma4_unified_assistant")
 # Every level of a tree is a pass of the assistant. As many as one is asked for where nobody says otherwise.
 DEFAULT_DEPTH = 6
 # A head's config says its own; theirs do not. Measured on one small pair (docs/assistants.md).
-GREEDY_SCALE = 0.35
+SCALES = {"greedy_scale": 0.35, "coupled_scale": 0.5}
 
 
 def is_assistant(model: str) -> bool:
@@ -22,6 +22,12 @@ def is_assistant(model: str) -> bool:
 
     config, _ = PreTrainedConfig.get_config_dict(model)
     return config.get("model_type") in MODEL_TYPES
+
+
+def scales(assistant: Any) -> dict[str, float]:
+    """What an assistant's scores are divided by when trees are ranked (`tree.RankingScales`): what its config says, or
+    SCALES."""
+    return {name: getattr(assistant, name, usual) for name, usual in SCALES.items()}
 
 
 def source_layers(assistant: Any, target_config: Any) -> list[int]:

@@ -180,7 +180,10 @@ def _add_eval(commands) -> None:
     parser.add_argument(
         "--draft_model", help="directory of the head or the assistant (default: none, as served without a model)"
     )
-    parser.add_argument("--graft", action="store_true", help='the head as served with "graft": true')
+    parser.add_argument(
+        "--graft", action="store_true", default=None, help="the head as it is served by default (default, but slow)"
+    )
+    parser.add_argument("--no_graft", dest="graft", action="store_false", help='the head alone, "graft": false')
     parser.add_argument("--data_path", nargs="+", required=True, help='jsonl files with "text", "messages" or "turns"')
     parser.add_argument("--num_prompts", type=int, default=64)
     parser.add_argument(

@@ -63,9 +63,10 @@ class KVSpecDraftConfig(PreTrainedConfig):
     ``transition_rank`` per token) or ``"tied"`` (rows made of the target's embedding and LM head, times a gate of the
     row's hidden state); ``transition_rank`` 0 means no such bias. ``draft_vocab_size`` below ``vocab_size`` means that
     the head scores a part of the vocabulary. ``greedy_scale`` divides the head's logits when a tree for greedy decoding
-    is ranked (``tree.ranking_scale``). Everything that shapes queries, keys and values equals the target's:
-    ``rope_parameters``, or where it is not one for all layers ``layer_rope_parameters``, one entry per head layer, null
-    for a layer without rotary positions; ``rope_interleaved`` says that the pairs of a rotation are neighbours.
+    is ranked, ``coupled_scale`` when one for sampling under the target's noise is (``tree.ranking_scale``). Everything
+    that shapes queries, keys and values equals the target's: ``rope_parameters``, or where it is not one for all layers
+    ``layer_rope_parameters``, one entry per head layer, null for a layer without rotary positions; ``rope_interleaved``
+    says that the pairs of a rotation are neighbours.
 
     Raises ValueError for shapes that no head can have.
     """
@@ -94,6 +95,7 @@ class KVSpecDraftConfig(PreTrainedConfig):
     transition: str = "table"
     transition_rank: int = 64
     greedy_scale: float = 0.5
+    coupled_scale: float = 1.0
     vocab_size: int = 256
     draft_vocab_size: int | None = None
     max_position_embeddings: int = 1024
@@ -159,8 +161,9 @@ class KVSpecDraftConfig(PreTrainedConfig):
             )
         if self.transition_rank < 0:
             raise ValueError(f"transition_rank must not be negative, got {self.transition_rank}; 0 means no bias.")
-        if not self.greedy_scale > 0:
-            raise ValueError(f"greedy_scale must be positive, got {self.greedy_scale}; use for example 0.5.")
+        for key, usual in (("greedy_scale", 0.5), ("coupled_scale", 1.0)):
+            if not getattr(self, key) > 0:
+                raise ValueError(f"{key} must be positive, got {getattr(self, key)}; use for example {usual}.")
         if self.layer_rope_parameters is not None and len(self.layer_rope_parameters) != self.num_hidden_layers:
             raise ValueError(
                 f"layer_rope_parameters must have one entry per head layer ({self.num_hidden_layers}), got "

@@ -234,8 +234,10 @@ def _accepted(target_model: str, draft_model: str | None) -> str:
     spec = {"method": "kvspec"} | ({"model": draft_model} if draft_model else {})
     config = EngineArgs(model=target_model, speculative_config=spec).create_engine_config()
     spec = config.speculative_config
-    without = "" if draft_model else ', drafter "recycle" (a trained head gets more accepted: vllm-kvspec train)'
-    return f"{spec.num_speculative_tokens} tokens per step by default{without}"
+    drafts = ', drafter "recycle" (a trained head gets more accepted: vllm-kvspec train)'
+    if draft_model:
+        drafts = ", grafted with what the target has said" * spec.graft
+    return f"{spec.num_speculative_tokens} tokens per step by default{drafts}"
 
 
 def doctor(target_model: str | None = None, draft_model: str | None = None) -> bool:

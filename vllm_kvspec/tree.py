@@ -10,10 +10,11 @@ from collections.abc import Sequence
 import torch
 
 from vllm_kvspec.kernels import reference_candidates
-from vllm_kvspec.kernels.reference_candidates import Candidates, Level, plan_levels, ranking_scale
+from vllm_kvspec.kernels.reference_candidates import Candidates, Level, RankingScales, plan_levels, ranking_scale
 
 __all__ = [
     "MAX_NODES",
+    "RankingScales",
     "ancestor_masks",
     "chain_parents",
     "check_parents",
@@ -124,17 +125,19 @@ def expand_tree(
     width: int,
     num_nodes: int | None = None,
     chain: torch.Tensor | None = None,
+    draft_ids: torch.Tensor | None = None,
     gate: torch.Tensor | None = None,
 ) -> Candidates:
     """Candidates of a tree in torch: the best ``width`` children of the best ``beam`` nodes of each level.
 
-    depth_logits: [B, G, V], the LM head's output per depth, without bias.
+    depth_logits: [B, G, Vd], the LM head's output per depth, without bias.
     anchor: [B] int64, the root's token.
-    transition_in, transition_out: [V, r] each, the factors of the transition bias, or None.
-    noise: [B, G, V] fp32, temperature times the noise with which the target samples the rows at base + d, or None.
+    transition_in, transition_out: [V, r] and [Vd, r], the factors of the transition bias, or None.
+    noise: [B, G, Vd] fp32, temperature times the noise with which the target samples the rows at base + d, or None.
     scale: [B] fp32, see ``ranking_scale``, or None for 1.
     num_nodes: nodes of the tree they are for, or None: see ``plan_levels``.
     chain: [B] bool, rows that want a chain: all but the greedy path gets score -inf. None for no such row.
+    draft_ids: [Vd] int64, the target's token of each entry of a reduced vocabulary, or None for the whole.
     gate: [B, G, r], what the rows of transition_in are multiplied by at each depth, or None.
 
     Returns score [B, M] fp32 (cumulative log-probability), token [B, M] int64 and parent [B, M] int32 (index of the
@@ -144,5 +147,5 @@ def expand_tree(
     levels = plan_levels(depth_logits.shape[1], beam, width, num_nodes)
     return reference_candidates.expand_tree(
         depth_logits, anchor, transition_in, transition_out, noise, scale, levels=levels, chain=chain,
-        gate=gate,
+        draft_ids=draft_ids, gate=gate,
     )  # fmt: skip

@@ -48,7 +48,7 @@ def evaluate(args: argparse.Namespace, name: str, directory: Path) -> None:
     if report.exists():
         return
     where = ["--target_model", args.target_model, "--draft_model", str(directory), "--data_path", *args.held_out]
-    kvspec("eval", *where, "--name", name, "--output", str(report), *args.eval_flags)
+    kvspec("eval", *where, "--no_graft", "--name", name, "--output", str(report), *args.eval_flags)
 
 
 def main() -> None:

@@ -27,5 +27,5 @@ train --output_dir "$work/draft-1" --num_layers 3 --transition table --transitio
 train --output_dir "$out/draft" --overwrite_output_dir --from_pretrained "$work/draft-1" \
   --min_teacher_temperature 0.5 --max_steps 350 --learning_rate 1e-3 --warmup_steps 15 --seed 1
 python -m vllm_kvspec.cli eval --target_model "$out/target" --draft_model "$out/draft" \
-  --data_path "$work/held_out.jsonl" --num_prompts 64 --seed 1 --no_bottlenecks --texts_dir "$work/texts" \
+  --data_path "$work/held_out.jsonl" --num_prompts 64 --seed 1 --no_graft --no_bottlenecks --texts_dir "$work/texts" \
   --output "$out/draft/acceptance.json"

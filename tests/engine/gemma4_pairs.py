@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Small Gemma 4 targets of each kind, with random weights and the bundled target's tokenizer, and their assistants."""
 
+import json
 import shutil
 from pathlib import Path
 
 import torch
 from architectures import CASES
 from engine_runner import TARGET
+from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
 from transformers import (
     AutoConfig,
@@ -41,6 +43,30 @@ def write_target(kind: str, directory: Path, **fields) -> str:
 def _with_tokenizer(directory: Path) -> str:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(Path(TARGET) / name, directory)
+    return str(directory)
+
+
+def quantise(target: str, directory: Path) -> str:
+    """A target with the linear layers of its blocks in int8, a scale per output, activations scaled by row; the
+    embedding and the LM head stay as they are, as in most published checkpoints."""
+    shutil.copytree(target, directory)
+    tensors = load_file(directory / "model.safetensors")
+    for name in [name for name in tensors if name.endswith("_proj.weight")]:
+        scale = tensors[name].abs().amax(1, keepdim=True) / 127
+        tensors |= {name: (tensors[name] / scale).round().to(torch.int8), f"{name}_scale": scale}
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    kind = {"num_bits": 8, "type": "int", "symmetric": True}
+    groups = {
+        "group_0": {
+            "targets": ["Linear"],
+            "weights": kind | {"strategy": "channel", "dynamic": False},
+            "input_activations": kind | {"strategy": "token", "dynamic": True},
+        }
+    }
+    how = {"quant_method": "compressed-tensors", "format": "int-quantized", "ignore": ["lm_head"]}
+    config = json.loads((directory / "config.json").read_text())
+    config["quantization_config"] = how | {"config_groups": groups, "quantization_status": "compressed"}
+    (directory / "config.json").write_text(json.dumps(config))
     return str(directory)
 
 

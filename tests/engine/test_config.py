@@ -68,6 +68,7 @@ def test_defaults():
     config = configure(kvspec()).speculative_config
     assert isinstance(config, KVSpecConfig)
     assert (config.tree, config.draft_noise, config.drafter, config.tree_width) == ("auto", "coupled", "head", 4)
+    assert config.graft is True
     assert config.num_speculative_tokens == 2 * config.draft_model_config.hf_config.draft_block_size
 
 
@@ -77,6 +78,23 @@ def test_without_a_head(spec):
     assert (config.drafter, config.head_config, config.num_speculative_tokens) == ("recycle", None, 16)
     assert config.auto_sizes == [0, 2, 4, 8, 16]
     assert pickle.loads(pickle.dumps(config)).drafter == "recycle"
+
+
+@pytest.mark.parametrize(
+    ("keys", "graft"),
+    [
+        ({"tree": "chain", "num_speculative_tokens": 4}, True),
+        ({"tree_width": 8}, True),
+        ({"graft": False}, False),
+        ({"tree": [2, 1]}, False),
+        ({"tree_width": 9}, False),
+        ({"drafter": "random"}, False),
+        ({"model": None}, False),
+    ],
+    ids=str,
+)
+def test_grafts_wherever_they_can_be(keys, graft):
+    assert configure(kvspec(**keys)).speculative_config.graft is graft
 
 
 @pytest.mark.parametrize(

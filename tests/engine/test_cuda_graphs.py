@@ -22,10 +22,10 @@ from vllm_kvspec.engine.verify.attention_cuda import TreeMetadataBuilder
 @pytest.mark.parametrize(
     ("keys", "names", "beside"),
     [
-        pytest.param({}, ALL, True, id="head"),
-        pytest.param({"model": "token by token"}, ("greedy", "mixed"), False, id="head-token-by-token"),
+        pytest.param({"graft": False}, ALL, True, id="head"),
+        pytest.param({"graft": False, "model": "token by token"}, ("greedy", "mixed"), False, id="head-token-by-token"),
         pytest.param({"model": None}, (*CORE, "mixed"), True, id="without-a-head"),
-        pytest.param({"graft": True}, ("greedy", "mixed"), False, id="graft"),
+        pytest.param({}, ("greedy", "mixed"), False, id="graft"),
         pytest.param({"tree": [3, 1, 1], "num_speculative_tokens": 9}, ("greedy", "mixed"), False, id="fixed-widths"),
         pytest.param({"tree": "chain", "num_speculative_tokens": 6}, ("greedy", "sampled"), False, id="chain"),
     ],
@@ -33,7 +33,7 @@ from vllm_kvspec.engine.verify.attention_cuda import TreeMetadataBuilder
 def test_text_and_drafts(make_engine, with_graphs, replays, spec, check, tmp_path, keys, names, beside):
     """Also of padded batches, and of chains among trees. ``beside``: an engine without graphs accepts as much."""
     if keys.get("model"):
-        keys = {"model": write_head(tmp_path, drafting="autoregressive")}
+        keys |= {"model": write_head(tmp_path, drafting="autoregressive")}
     keys = {"num_speculative_tokens": 8} | keys
     accepted = []
     for options in (with_graphs, {}) if beside else (with_graphs,):
@@ -54,7 +54,7 @@ def test_the_nodes_change_with_the_load(make_engine, with_graphs, replays, spec,
     """Eight requests thin out to two: plain steps, then steps of 4 and of 8 nodes, all of them replayed."""
     lengths = {"greedy": [3, 4, 5, 8, 12, 16, 24, 32], "sampled": [4, 5, 6, 8, 24, 32]}
     batches = [staggered(name, list(wanted)) for name, wanted in lengths.items()]
-    with make_engine(spec(8, budget_costs=costs_file), **with_graphs) as llm:
+    with make_engine(spec(8, graft=False, budget_costs=costs_file), **with_graphs) as llm:
         found = generate(llm, batches)
     for (name, wanted), outputs in zip(lengths.items(), found, strict=True):
         for i, length in enumerate(wanted):
@@ -120,7 +120,7 @@ def test_planted_defects_are_seen(
 ):
     """Eager, such engines write the text of plain decoding."""
     monkeypatch.setattr(owner, name, broken(getattr(owner, name)))
-    with make_engine(spec(9), **with_graphs) as llm:
+    with make_engine(spec(9, graft=False), **with_graphs) as llm:
         (found,) = generate(llm, [BATCHES["mixed"]()])
     found, expected = (
         [[sample["token_ids"] for sample in samples] for samples in batch] for batch in (found, reference["mixed"])
@@ -147,7 +147,10 @@ def test_a_planted_host_read_is_refused(make_engine, with_graphs, spec, monkeypa
 
     monkeypatch.setattr(owner, name, broken)
     try:
-        with pytest.raises(RuntimeError, match="no CUDA graph can hold it"), make_engine(spec(8), **with_graphs):
+        with (
+            pytest.raises(RuntimeError, match="no CUDA graph can hold it"),
+            make_engine(spec(8, graft=False), **with_graphs),
+        ):
             pass
     finally:
         cleanup_dist_env_and_memory()

@@ -29,7 +29,7 @@ from vllm_kvspec.models import draft_head
 from vllm_kvspec.models.attention import KVSpecAttention
 from vllm_kvspec.models.drafting import draft_candidates
 from vllm_kvspec.models.target import TargetView, head_logits, view_target
-from vllm_kvspec.tree import depths, plan_levels, ranking_scale
+from vllm_kvspec.tree import RankingScales, depths, plan_levels, ranking_scale
 
 pytestmark = pytest.mark.cpu
 
@@ -98,7 +98,8 @@ def target() -> Qwen3ForCausalLM:
 
 def make_head(target, directory, **fields) -> draft_head.KVSpecDraftModel:
     torch.manual_seed(1)
-    fields = dict(num_hidden_layers=2, draft_block_size=BLOCK, transition_rank=8) | fields
+    shape = dict(num_hidden_layers=2, draft_block_size=BLOCK, transition_rank=8)
+    fields = shape | dict(greedy_scale=0.4, coupled_scale=0.7) | fields
     head = draft_head.KVSpecDraftModel(draft_head.head_config_for(target.config, **fields)).eval()
     for module in head.modules():
         # They start at zero, which would hide every mistake behind them.
@@ -190,7 +191,7 @@ def check_candidates(head: draft_head.KVSpecDraftModel, target: PreTrainedModel,
     drafter, rows, ids = serve(head, target, directory, draft_noise="coupled" if coupled else "none")
     # All of the beam's levels; a tree of few nodes expands fewer.
     found = drafter.expansion(rows)(levels=plan_levels(BLOCK, 8, 3))
-    scale = ranking_scale(TEMPERATURES, coupled, head.config.greedy_scale)
+    scale = ranking_scale(TEMPERATURES, coupled, RankingScales.of(head.config))
     noise = None
     if coupled:
         positions = rows.base[:, None] + torch.arange(BLOCK)

@@ -10,7 +10,7 @@ import pytest
 import requests_mix
 import torch
 from engine_runner import PLAIN_ENGINE, ROOT, generate, quick_engines, run_script, spec_counters
-from gemma4_pairs import KINDS, teach, write_assistant, write_target, write_with_images
+from gemma4_pairs import KINDS, quantise, teach, write_assistant, write_target, write_with_images
 from requests_mix import ALL, BATCHES, CORE
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Gemma4AssistantForCausalLM
@@ -19,10 +19,13 @@ from transformers.utils import is_torchvision_available
 from vllm.engine.arg_utils import EngineArgs
 
 from vllm_kvspec import doctor
+from vllm_kvspec.engine import ops
 from vllm_kvspec.engine.budget.scheduler import create_budget
 from vllm_kvspec.eval.acceptance import evaluate
+from vllm_kvspec.eval.recycle import Run
 from vllm_kvspec.eval.texts import write_texts
 from vllm_kvspec.models.assistant_head import AssistantHead
+from vllm_kvspec.tree import RankingScales
 
 HERE = Path(__file__).parent
 # Of teaching an assistant a few answers.
@@ -118,6 +121,16 @@ def test_oracle_trees(serve, check, oracle_files, kind):
     assert counters["accepted_tokens"] / counters["drafts"] > 1.0
 
 
+@pytest.mark.parametrize("times", [0, 2])
+def test_oracle_trees_can_fail(serve, plain, oracle_files, monkeypatch, times):
+    """Rows that stay where they were, and rows that move once for every layer that reads them."""
+    compact = ops.kv_compact
+    monkeypatch.setattr(ops, "kv_compact", lambda *args: [compact(*args) for _ in range(times)])
+    keys = {"drafter": "oracle", "oracle_file": oracle_files["small"], "num_speculative_tokens": 14}
+    with serve("small", keys) as llm:
+        assert generate(llm, [requests_mix.greedy_batch()])[0] != plain["small"]["greedy"]
+
+
 @pytest.mark.parametrize("kind", ["small", "dense"])
 def test_chunked_prefill_and_preemption(serve, check, kind):
     options = {"max_num_batched_tokens": 48, "max_num_seqs": 5, "enable_chunked_prefill": True}
@@ -208,12 +221,14 @@ def vllm_chain(target: str, assistant: str, batches: list, directory: Path) -> d
     return run_script(job, directory, path=ROOT, script=str(HERE / "mtp_reference.py"))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_chain_is_the_one_that_vllm_drafts(pairs, serve, tmp_path, kind):
+@pytest.mark.parametrize(("kind", "is_quantised"), [*((kind, False) for kind in KINDS), ("dense", True)])
+def test_a_chain_is_the_one_that_vllm_drafts(pairs, serve, tmp_path, kind, is_quantised):
     """Every drafted token of every step, with vLLM's own speculator and model on the same attention."""
     batches = [requests_mix.greedy_batch()]
-    expected, drafts, gaps = vllm_chain(*pairs[kind], batches, tmp_path), [], []
-    with serve(kind, {"tree": "chain", "num_speculative_tokens": 4}) as llm:
+    target, assistant = pairs[kind]
+    target = quantise(target, tmp_path / "int8") if is_quantised else target
+    expected, drafts, gaps = vllm_chain(target, assistant, batches, tmp_path), [], []
+    with serve(kind, {"tree": "chain", "num_speculative_tokens": 4}, model=target) as llm:
         speculator = speculator_of(llm)
         propose, logits = speculator.propose, speculator.drafter.logits
 
@@ -237,22 +252,31 @@ def test_a_chain_is_the_one_that_vllm_drafts(pairs, serve, tmp_path, kind):
             assert level is None or gaps[4 * step + level][row] < 1e-4, (step, row, level)
 
 
-def test_an_assistant_that_has_learned(pairs, plain, make_engine, spec, same, tmp_path):
-    """It has read the answers. As many tokens are accepted of its chain as of vLLM's, of its trees more, and of both as
-    many as `eval` foresees."""
-    target = pairs["dense"][0]
-    assistant = shutil.copytree(pairs["dense"][1], tmp_path / "assistant")
-    batches, answers = [requests_mix.greedy_batch()], [plain["dense"]["greedy"]]
-    texts = [r["prompt"] + a[0]["token_ids"] for r, a in zip(batches[0], answers[0], strict=True)]
+@pytest.fixture(scope="module")
+def learned(pairs, plain, tmp_path_factory) -> tuple[str, str]:
+    """A target, and an assistant that has read its answers."""
+    target, assistant = pairs["dense"]
+    assistant = shutil.copytree(assistant, tmp_path_factory.mktemp("learned") / "assistant")
+    answers = zip(requests_mix.greedy_batch(), plain["dense"]["greedy"], strict=True)
+    texts = [request["prompt"] + samples[0]["token_ids"] for request, samples in answers]
     teach(target, str(assistant), [text for text in texts if len(text) > 48], steps=STEPS)
-    expected = vllm_chain(target, str(assistant), batches, tmp_path)["counters"]
-    foreseen = eval_of(target, str(assistant), [request["prompt"] for request in batches[0]], depth=4)
-    accepted = {}
+    return target, str(assistant)
+
+
+def test_an_assistant_that_has_learned(learned, plain, make_engine, spec, same, tmp_path):
+    """As many tokens are accepted of its chain as of vLLM's, of its trees more, and of both as many as `eval`
+    foresees."""
+    target, assistant = learned
+    batches, answers = [requests_mix.greedy_batch()], [plain["dense"]["greedy"]]
+    expected = vllm_chain(target, assistant, batches, tmp_path)["counters"]
+    # Every draft of 32 tokens' decoding lies inside.
+    head, texts = texts_for_eval(*learned, depth=4, length=32 + 4 - 1, temperature=0.0)
+    foreseen, accepted = evaluate(head, head.target[0], texts, [16])[0], {}
     for name, keys in {
         "chain": {"tree": "chain", "num_speculative_tokens": 4},
         "16": {"num_speculative_tokens": 16, "tree_depth": 4},
     }.items():
-        with make_engine(spec(**{"model": str(assistant)} | keys), model=target) as llm:
+        with make_engine(spec(**{"model": assistant} | keys), model=target) as llm:
             same(generate(llm, batches), answers, name)
             accepted[name] = spec_counters(llm)
         assert accepted[name]["drafts"] == foreseen[name].drafts
@@ -261,14 +285,35 @@ def test_an_assistant_that_has_learned(pairs, plain, make_engine, spec, same, tm
     assert accepted["16"]["accepted_tokens"] > expected["accepted_tokens"]
 
 
-def eval_of(target_dir: str, assistant_dir: str, prompts: list, depth: int) -> dict:
-    """Acceptance over the target's texts, so long that every draft of 32 tokens' decoding lies inside."""
-    target = AutoModelForCausalLM.from_pretrained(target_dir, dtype=torch.float32).eval()
-    target.generation_config.eos_token_id = None
-    tokenizer = AutoTokenizer.from_pretrained(target_dir)
-    texts = write_texts(target, tokenizer, prompts, max_new_tokens=32 + depth - 1, temperature=0.0)
-    model = Gemma4AssistantForCausalLM.from_pretrained(assistant_dir, dtype=torch.float32).eval()
-    return evaluate(AssistantHead(model, target, depth), target, texts, [16])[0]
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_grafts_on_an_assistants_trees(learned, make_engine, spec, temperature):
+    """Beyond the window too: the text is right, and what is accepted of either is what `eval` foresees."""
+    head, texts = texts_for_eval(*learned, depth=4, length=32 + 16, temperature=temperature)
+    run = Run(head.target[0], 16, chain=False, temperature=temperature, head=head)
+    batch = requests_mix.greedy_batch()
+    for request, text in zip(batch, texts, strict=True):
+        run.read(text, last_anchor=text.prompt_length + 30)
+        request["params"] |= {"temperature": temperature, "seed": text.seed}
+    keys = {"model": learned[1], "tree_depth": 4, "graft": True}
+    with make_engine(spec(16, **keys), model=learned[0], max_num_seqs=1, enable_prefix_caching=False) as llm:
+        answers, counters = generate(llm, [batch])[0], spec_counters(llm)
+    assert [a[0]["token_ids"] for a in answers] == [text.input_ids[text.prompt_length :][:32] for text in texts]
+    assert counters["drafts"] == sum(map(len, run.accepted))
+    assert counters["accepted_tokens"] == sum(map(sum, run.accepted)) == sum(run.sources.values())
+    # What is sampled from random weights never comes again.
+    assert ({"head"} if temperature else {"head", "two tokens", "own text"}) <= set(run.sources)
+
+
+def texts_for_eval(target: str, assistant: str, *, depth: int, length: int, temperature: float):
+    """The assistant as `eval` runs it, and ``length`` tokens of the target's after each greedy prompt."""
+    model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32).eval()
+    model.generation_config.eos_token_id = None
+    head = Gemma4AssistantForCausalLM.from_pretrained(assistant, dtype=torch.float32).eval()
+    prompts = [request["prompt"] for request in requests_mix.greedy_batch()]
+    options = {"max_new_tokens": length, "temperature": temperature}
+    return AssistantHead(head, model, depth), write_texts(
+        model, AutoTokenizer.from_pretrained(target), prompts, **options
+    )
 
 
 def with_gaps(scored, gaps: list):
@@ -343,6 +388,19 @@ def test_an_assistant_of_another_target(pairs, tmp_path):
         configured(write_target("small", tmp_path / "other", head_dim=16), pairs["small"][1])
     with pytest.raises(ValueError, match="backbone_hidden_size 64 where the target has 32"):
         configured(write_target("dense", tmp_path / "narrow", hidden_size=32), pairs["dense"][1])
+
+
+def test_keys_of_an_assistants_config(pairs, tmp_path):
+    """How its trees are ranked, ours unless it says so; that it is quantised."""
+    target, assistant = pairs["small"]
+    changed = shutil.copytree(assistant, tmp_path / "assistant")
+    config = json.loads((changed / "config.json").read_text())
+    (changed / "config.json").write_text(json.dumps(config | {"coupled_scale": 0.7}))
+    for path, expected in ((assistant, (0.35, 0.5)), (changed, (0.35, 0.7))):
+        assert RankingScales.of(configured(target, str(path)).head_config) == expected
+    (changed / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8"}}))
+    with pytest.raises(ValueError, match=r"is quantised \(fp8\). Use the one that it was made from"):
+        configured(target, str(changed))
 
 
 @pytest.mark.parametrize(

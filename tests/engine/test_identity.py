@@ -14,6 +14,7 @@ from requests_mix import ALL, BATCHES, CORE
 @pytest.mark.parametrize(
     ("keys", "names"),
     [
+        pytest.param({"num_speculative_tokens": 8}, ALL, id="head-tree"),
         pytest.param({"draft_noise": "none", "num_speculative_tokens": 32, "tree_width": 6}, CORE, id="head-uncoupled"),
         pytest.param({"tree": "chain", "num_speculative_tokens": 6}, CORE, id="head-chain"),
         pytest.param({"tree": [3, 1, 1], "num_speculative_tokens": 9}, (*CORE, "mixed"), id="head-fixed-widths"),
@@ -38,7 +39,8 @@ def test_oracle_trees(oracle_file, make_engine, spec, check):
 
 
 def test_triton_kernels(spec, script, reference, same):
-    """The same engine on the Triton kernels, interpreted, instead of those compiled for the CPU."""
+    """The same engine on the Triton kernels, interpreted, instead of those compiled for the CPU: the head's and, by its
+    grafts, those that draft without one."""
     job = {
         "engine": {"speculative_config": spec(6)},
         "batches": [BATCHES["logprobs"]()],

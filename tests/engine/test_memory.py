@@ -13,7 +13,7 @@ from engine_runner import PLAIN_ENGINE
 from torch._C._profiler import _EventType
 
 from vllm_kvspec.engine import ops
-from vllm_kvspec.kernels import tree_build, tree_candidates
+from vllm_kvspec.kernels import recycle, tree_build, tree_candidates
 
 REQUESTS = 1024
 ENGINE = {"max_num_seqs": REQUESTS, "max_num_batched_tokens": 2 * REQUESTS}
@@ -59,6 +59,8 @@ def draft_as_on_a_gpu(monkeypatch) -> None:
     for module, wrapper, kernels in (
         (tree_candidates, "tree_candidates", ("_child_scores_kernel", "_select_kernel")),
         (tree_build, "tree_build", ("_tree_build_kernel",)),
+        (recycle, "own_matches", ("_match_kernel", "_merge_kernel")),
+        (recycle, "recycle_tree", ("_tree_kernel",)),
     ):
         monkeypatch.setattr(ops, wrapper, getattr(module, wrapper))
         for kernel in kernels:

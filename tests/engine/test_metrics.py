@@ -62,7 +62,8 @@ def counters(llm) -> dict[str, list[int]]:
 
 
 def test_by_hand(make_engine, spec):
-    speculative = spec(NODES, num_speculative_tokens_per_batch_size=SCHEDULE)
+    # The same drafts in both runs.
+    speculative = spec(NODES, num_speculative_tokens_per_batch_size=SCHEDULE, graft=False)
     with make_engine(speculative, per_request_spec_decode_metrics="detailed") as llm:
         # A step may accept past the end of the answer. Where do the steps end? So that no answer is cut below.
         steps, _ = run_by_steps(llm, LENGTHS)

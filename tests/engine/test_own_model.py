@@ -39,7 +39,7 @@ def test_prepare_train_eval_serve(tmp_path, make_engine, script, same):
     kvspec(
         "eval", "--target_model", target, "--draft_model", head, "--data_path", texts, "--num_prompts", 4,
         "--prompt_length", 32, "--max_new_tokens", 40, "--num_nodes", 8, "--temperatures", 0, "--no_bottlenecks",
-        "--output", report,
+        "--no_graft", "--output", report,
     )  # fmt: skip
     assert report.exists()
 
@@ -49,7 +49,7 @@ def test_prepare_train_eval_serve(tmp_path, make_engine, script, same):
     params = [{"max_tokens": 40, "temperature": t, "seed": i, "ignore_eos": True} for i, t in enumerate((0, 0, 1, 1))]
     batch = [{"prompt": prompt, "params": chosen} for prompt, chosen in zip(prompts, params, strict=True)]
     expected = script({"engine": {"model": str(target), **PLAIN_ENGINE}, "batches": [batch]})["outputs"]
-    spec = {"method": "kvspec", "model": str(head), "num_speculative_tokens": 8, "budget": "fixed"}
+    spec = {"method": "kvspec", "model": str(head), "num_speculative_tokens": 8, "budget": "fixed", "graft": False}
     with make_engine(spec, model=str(target)) as llm:
         same(generate(llm, [batch]), expected, "trained head")
         counters = spec_counters(llm)

@@ -32,7 +32,7 @@ def tau(make_engine, spec, prompts):
     def measure(temperature: float, **keys) -> float:
         params = {"max_tokens": 64, "temperature": temperature}
         batch = [{"prompt": prompt, "params": {**params, "seed": i}} for i, prompt in enumerate(prompts)]
-        with make_engine(spec(**keys)) as llm:
+        with make_engine(spec(**keys, graft=False)) as llm:
             generate(llm, [batch])
             counters = spec_counters(llm)
         return 1 + counters["accepted_tokens"] / counters["drafts"]

@@ -91,15 +91,16 @@ def unpacked(monkeypatch) -> None:
 @pytest.mark.usefixtures("unpacked")
 @pytest.mark.parametrize(
     "keys",
-    [{"tree": [3, 2, 1], "num_speculative_tokens": 15}, {"model": "reduced"}, {}],
+    [{"tree": [3, 2, 1], "num_speculative_tokens": 15}, {"model": "reduced", "graft": False}, {}],
     ids=["fixed-tree", "draft-vocabulary", "default"],
 )
 def test_sleep_at_level_2(make_engine, spec, same, reference, reduced_head, loaded, keys):
-    """Same text, and as many accepted tokens as before."""
+    """Same text, and as many accepted tokens as before; more with grafts, whose table still knows the texts."""
+    grafts = not keys
     if keys.get("model"):
-        keys = {"model": reduced_head}
-    nodes = keys.pop("num_speculative_tokens", 8)
-    with make_engine(spec(nodes, **keys), enable_prefix_caching=False) as llm:
+        keys = keys | {"model": reduced_head}
+    keys = {"num_speculative_tokens": 8} | keys
+    with make_engine(spec(**keys), enable_prefix_caching=False) as llm:
         accepted = []
         for _ in range(2):
             before = spec_counters(llm)["accepted_tokens"]
@@ -107,7 +108,7 @@ def test_sleep_at_level_2(make_engine, spec, same, reference, reduced_head, load
             accepted.append(spec_counters(llm)["accepted_tokens"] - before)
             llm.collective_rpc(lambda worker: sleep_and_wake(worker, loaded))
     assert len(loaded) > 20
-    assert accepted[0] == accepted[1] > 0
+    assert accepted[1] > accepted[0] > 0 if grafts else accepted[0] == accepted[1] > 0
 
 
 @pytest.mark.usefixtures("unpacked")

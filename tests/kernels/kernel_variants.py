@@ -285,7 +285,8 @@ def _tree_level(dtype, batch, num_parents, shared, rank, gated, width, fixed, id
     tree_candidates.tree_level(
         torch.zeros(entries + 128, dtype=dtype).as_strided((*shape, entries), (0, 0 if shared else 16, 1)),
         parents, transition, transition, level=level, depth=3, base=longs(batch), idx_mapping=longs(batch),
-        temperature=torch.zeros(256), seeds=longs(256), coupled=coupled, greedy_scale=0.5, chain=ints(256),
+        temperature=torch.zeros(256), seeds=longs(256), coupled=coupled, chain=ints(256),
+        scales=candidates.RankingScales(0.5, 0.8),
         draft_ids={"all": None, "listed": longs(entries), "by parent": longs(*shape, entries)}[ids], gate=gate,
         candidates=candidates.empty_candidates(batch, [level], torch.device("cpu")), offset=0,
     )  # fmt: skip

@@ -277,6 +277,20 @@ def test_a_head_and_the_table_grow_one_tree(device, ours):
 
 
 @AND_TWIN
+def test_a_long_match_leaves_a_head_little_room(device, ours):
+    """A head that is sure of another token comes before a short match, and after a long one."""
+    columns = torch.tensor([[-0.03]]), torch.tensor([[99]]), torch.tensor([[-1]]).int()
+    head = Candidates(*(column.to(device) for column in columns))
+    for length, first in ((1, 99), (twin.LONGEST, 30)):
+        again = range(30 - length, 30)
+        arguments = one_text(device, *again, 30, 5, *again, size=1, num_nodes=1)
+        matches = ours.own_matches(arguments["text"], arguments["request"], arguments["base"])
+        assert int(matches[0, 0]) >> twin.POSITION_BITS == length
+        tokens, *_ = ours.recycle_tree(twin.empty_table(64, device), matches, **arguments, head=head, head_width=1)
+        assert tokens.tolist() == [[first]]
+
+
+@AND_TWIN
 @pytest.mark.parametrize("slots", [1024, 2])
 def test_another_owner_is_told_nothing(device, ours, slots):
     """Not even where both look into the same slot, as all do in the smallest table."""
@@ -333,7 +347,7 @@ def test_where_a_path_comes_from():
     none = torch.zeros(1, twin.MATCHES, dtype=torch.int32)
     # 12 after 13: what else could have stood there. 5 is named by nobody.
     assert twin.path_sources(table, none, [10, 13, 12, 5], **known) == ["two tokens", "one token", "guess"]
-    again = one_text("cpu", 1, 2, 10, 12, 7, 1, 2)
+    again = one_text("cpu", 4, 2, 10, 12, 7, 1, 2)
     matches = twin.own_matches(again["text"], again["request"], again["base"])
     known |= {"text": again["text"], "base": again["base"]}
     assert twin.path_sources(table, matches, [10, 12, 7], **known) == ["two tokens", "own text", "own text"]

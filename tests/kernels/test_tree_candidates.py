@@ -10,7 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_kvspec.kernels import reference, reference_candidates, tree_candidates
-from vllm_kvspec.kernels.reference_candidates import Candidates, Level, Parents, empty_candidates, plan_levels
+from vllm_kvspec.kernels.reference_candidates import (
+    Candidates,
+    Level,
+    Parents,
+    RankingScales,
+    empty_candidates,
+    plan_levels,
+)
 from vllm_kvspec.tree import fixed_levels, parents_from_widths
 
 TEMPERATURES = (0.0, 1.0, 0.7, 1.6)
@@ -59,7 +66,7 @@ def make_case(
             temperature=by_state,
             seeds=torch.randint(-(1 << 62), 1 << 62, (batch + 2,), generator=gen),
             coupled=coupled,
-            greedy_scale=0.4,
+            scales=RankingScales(greedy=0.4, coupled=0.6),
             chain=chain if chains else None,
             draft_ids=ids if entries else None,
             gate=gates[:, :block, :rank] if gated else None,
@@ -77,12 +84,12 @@ def children(case, b, depth, parent_token, logits=None):
         gate = 1.0 if options.gate is None else options.gate[b, depth].double()
         row = row + factor_out.double() @ (factor_in[parent_token].double() * gate)
     temperature = options.temperature[options.idx_mapping[b]].item()
-    scale = temperature if temperature > 0 else options.greedy_scale
+    scale = temperature if temperature > 0 else options.scales.greedy
     if options.coupled and temperature > 0:
         position = (options.base[b : b + 1, None] + depth).long()
         mapping = options.idx_mapping[b : b + 1]
         noise = reference.gumbel_noise(options.seeds, options.temperature, position, mapping, case.vocab)[0, 0].double()
-        row, scale = row + (noise if options.draft_ids is None else noise[options.draft_ids]), 1.0
+        row, scale = row + (noise if options.draft_ids is None else noise[options.draft_ids]), options.scales.coupled
     return (row / scale).log_softmax(0)
 
 

@@ -87,6 +87,7 @@ EAGLE3 = EAGLE3_SHAPE | {"context": "hidden", "fusion": "eagle3", "aux_hidden_st
         ({"target_kv_layer_ids": [1, 8], "target": {"num_hidden_layers": 8}}, "must be layers of the target"),
         ({"attention_bias": True}, "attention_bias"),
         ({"greedy_scale": 0.0}, "greedy_scale"),
+        ({"coupled_scale": -1.0}, "coupled_scale"),
     ],
 )
 def test_impossible_heads_are_refused(fields, words):

@@ -25,6 +25,7 @@ def test_the_shipped_pair_is_healthy(capsys):
     main(["doctor", "--target_model", TARGET, "--draft_model", HEAD])
     out = capsys.readouterr().out
     assert "vLLM accepts the pair" in out and "FAILED" not in out and "left out" not in out
+    assert "grafted" in out
 
 
 def test_a_target_without_a_head(capsys):

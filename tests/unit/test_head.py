@@ -277,22 +277,33 @@ def test_a_reduced_draft_vocabulary_round_trips_and_scores_only_its_tokens(tmp_p
     assert set(token.flatten().tolist()) <= set(chosen.tolist())
 
 
-def test_autoregressive_candidates_are_scored_along_their_paths():
+@pytest.mark.parametrize(
+    "fields",
+    [{"drafting": "autoregressive"}, {"draft_vocab_size": 20}, {"draft_vocab_size": 20, "transition": "tied"}],
+)
+def test_candidates_are_scored_along_their_paths(fields):
     """The cumulative score of each candidate, recomputed from the logits of its whole path."""
     target = make_target()
-    head = make_head(target, context="hybrid", drafting="autoregressive")
-    torch.nn.init.normal_(head.transition_out.weight)
-    ids, base = torch.randint(60, (1, 12)), torch.tensor([8])
+    head = make_head(target, context="hybrid", **fields)
+    for name, parameter in head.named_parameters():
+        if "transition" in name:
+            torch.nn.init.normal_(parameter)
+    if "draft_vocab_size" in fields:
+        head.set_draft_vocabulary(torch.arange(2, 60, 3)[:20])
+    ids, base, noise = torch.randint(60, (1, 12)), torch.tensor([8]), torch.randn(1, BLOCK, 60)
     view = view_target(target, head.config, ids)
     with torch.no_grad():
-        score, token, parent = draft_candidates(head, target, view, ids, base, beam=2, width=2)
+        score, token, parent = draft_candidates(head, target, view, ids, base, noise, beam=2, width=2)
         for last in range(score.shape[1]):
             path, node = [], last
             while node >= 0:
                 path.insert(0, token[0, node].item())
                 node = parent[0, node].item()
-            rows = torch.tensor([[ids[0, 8].item(), *path[:-1]]])
-            logp = draft_logits(head, target, view, ids, base, rows)[0].log_softmax(-1)
+            rows = [ids[0, 8].item(), *path[:-1]]
+            if head.config.drafting == "block":
+                rows += [0] * (BLOCK - len(rows))
+            logits = draft_logits(head, target, view, ids, base, torch.tensor([rows]))[0]
+            logp = (logits + noise[0, : len(rows)]).log_softmax(-1)
             expected = sum(logp[d, t].item() for d, t in enumerate(path))
             assert abs(expected - score[0, last].item()) < 1e-4
 

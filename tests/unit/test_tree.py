@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from vllm_kvspec.kernels.reference import gumbel_noise, tree_build
 from vllm_kvspec.kernels.reference_candidates import tree_candidates
 from vllm_kvspec.tree import (
+    RankingScales,
     ancestor_masks,
     chain_parents,
     check_parents,
@@ -160,7 +161,7 @@ def fixed_candidates(logits, anchor, factors, parents, coupled):
     levels, nodes = fixed_levels(parents)
     candidates = tree_candidates(
         logits, anchor, *factors, levels=levels, base=base, idx_mapping=rows, temperature=ones, seeds=seeds,
-        coupled=coupled, greedy_scale=0.5,
+        coupled=coupled, scales=RankingScales(0.5, 1.0),
     )  # fmt: skip
     noise = gumbel_noise(seeds, ones, base[:, None] + torch.arange(block), rows, VOCAB)
     return candidates.token[:, nodes], noise if coupled else torch.zeros_like(noise)
@@ -188,6 +189,6 @@ def test_fixed_tree_deeper_than_the_block_is_refused():
 
 
 def test_ranking_scale():
-    temperature = torch.tensor([0.0, 0.7, 2.0])
-    assert ranking_scale(temperature, True, 0.25).tolist() == [0.25, 1.0, 1.0]
-    assert ranking_scale(temperature, False, 0.25).tolist() == temperature.clamp(min=0.25).tolist()
+    temperature, scales = torch.tensor([0.0, 0.7, 2.0]), RankingScales(greedy=0.25, coupled=0.5)
+    assert ranking_scale(temperature, True, scales).tolist() == [0.25, 0.5, 0.5]
+    assert ranking_scale(temperature, False, scales).tolist() == temperature.clamp(min=0.25).tolist()

@@ -92,6 +92,22 @@ def test_accepted_tokens_along_texts_equal_those_of_the_rule(name):
         assert survival[0] - 1e-9 <= optimum <= bound[0] + 1e-9
 
 
+def test_a_head_that_drafts_a_part_of_the_vocabulary_needs_only_that_part():
+    torch.manual_seed(0)
+    log_p, log_q = (torch.randn(200, 3, 9).log_softmax(-1) for _ in range(2))
+    draft_ids = torch.tensor([1, 2, 5, 7])
+    outside = torch.ones(9, dtype=torch.bool).index_fill(0, draft_ids, False)
+    log_q = log_q.masked_fill(outside, float("-inf")).log_softmax(-1)
+    truth = torch.randint(9, (200, 3))
+    whole, part = (verification.path_odds(log_p, log_q, truth, ids) for ids in (None, draft_ids))
+    assert part.log_ratio.shape == (200, 3, 4)
+    torch.testing.assert_close(part.below, whole.below)
+    rules = {name: rule(whole) - rule(part) for name, rule in verification.SINGLE.items()}
+    rules |= {name: rule(whole, 3) - rule(part, 3) for name, rule in verification.MULTI.items()}
+    rules["optimum"] = verification.optimal_first(whole, 3) - verification.optimal_first(part, 3)
+    assert max(difference.abs().max() for difference in rules.values()) < 1e-9, rules
+
+
 def test_the_optimum_for_first_tokens_is_that_of_the_transport():
     """The dual's minimum over all sets of tokens, of which the package looks at V + 1."""
     p, q = models(3)
@@ -159,9 +175,15 @@ def test_the_study_runs_on_the_tiny_pair(tmp_path, monkeypatch):
     spec.loader.exec_module(methods)
     words = f"""--target_model {TINY}/target --draft_model {TINY}/draft --data_path {EXAMPLES}/prompts.jsonl
         --num_prompts 2 --max_new_tokens 16 --temperatures 0.7 --num_drafts 2 --num_nodes 8 --seed 0
-        --output {tmp_path}/methods.json"""
+        --work_dir {tmp_path}/work --output {tmp_path}/methods"""
     monkeypatch.setattr(sys, "argv", ["methods.py", *words.split()])
     methods.main()
+    tables = (tmp_path / "methods.md").read_text().partition("## ")[2]
+    # The same command again takes every text from where it was kept.
+    monkeypatch.setattr(methods, "measure", lambda *_: pytest.fail("measured again"))
+    methods.main()
+    assert (tmp_path / "methods.md").read_text().partition("## ")[2] == tables
+    assert all(label in tables for label, _, _ in methods.METHODS.values())
     report = json.loads((tmp_path / "methods.json").read_text())
     rules = {row["rule"]: row for row in report["rules"][0]["equal_rows"]}
     assert set(rules) == {*verification.SINGLE, *verification.MULTI, *verification.WALKS}
@@ -169,5 +191,11 @@ def test_the_study_runs_on_the_tiny_pair(tmp_path, monkeypatch):
     walk = rules["walk, coupled"]["accepted"]
     assert all(row["coupled_more"] == pytest.approx(walk - row["accepted"], abs=2e-4) for row in rules.values())
     again = {row["what"]: row for row in report["redraft"][0]["rows"]}
-    assert again["fresh"]["tau"] == again["fresh"]["per_pass"] > 1
-    assert again["instead, 1 rows or more"]["per_pass"] > again["fresh"]["per_pass"]
+    fresh, instead = again["fresh"], again["instead, 1 rows or more"]
+    assert fresh["tau"] == fresh["per_pass"] > 1
+    assert fresh["tau_more_se"] == fresh["time_more_se, CPU"] == 0
+    assert instead["per_pass"] > fresh["per_pass"]
+    assert instead["tau_more"] == pytest.approx(instead["tau"] - fresh["tau"], abs=2e-4)
+    cost = methods.PASS_COSTS["CPU"]
+    times = [1 / run["tau"] + cost / run["per_pass"] for run in (instead, fresh)]
+    assert instead["time_more, CPU"] == pytest.approx(times[0] / times[1] - 1, abs=1e-3)

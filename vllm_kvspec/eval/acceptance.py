@@ -22,7 +22,7 @@ from vllm_kvspec.eval.texts import Text, repeated_share
 from vllm_kvspec.kernels.reference import gumbel_noise, tree_build
 from vllm_kvspec.models.drafting import Head, draft_candidates, draft_logits
 from vllm_kvspec.models.target import TargetView, head_logits, view_target
-from vllm_kvspec.tree import MAX_NODES, num_candidates, ranking_scale
+from vllm_kvspec.tree import MAX_NODES, RankingScales, num_candidates, ranking_scale
 
 GREEDY, COUPLED, UNCOUPLED, REJECTION = MODES = ("greedy", "coupled", "uncoupled", "rejection")
 # A batch of anchors holds [A, G, V] logits and noise; this many values keep it within some 100 MB. Its rows attend to
@@ -84,20 +84,22 @@ def text_acceptance(
     coupled: bool = True,
     beam: int = 8,
     width: int = 4,
+    view: TargetView | None = None,
 ) -> dict[str, torch.Tensor]:
     """Accepted tokens at every anchor of one text: ``{"chain": [P], "8": [P], ...}`` int64, on the CPU.
 
-    ``coupled`` draws the candidates with the target's noise when ``temperature`` is above 0.
+    ``coupled`` draws the candidates with the target's noise when ``temperature`` is above 0. ``view``: of the text, if
+    there is one already.
     """
     config, device = head.config, target.device
     block = config.draft_block_size
     ids = torch.tensor([text.input_ids], device=device)
-    view = view_target(target, config, ids)
+    view = view or view_target(target, config, ids)
     found: dict[str, list[torch.Tensor]] = {"chain": [], **{str(n): [] for n in num_nodes}}
     for base in anchor_batches(text, head, device):
         truth = ids[0, base[:, None] + 1 + torch.arange(block, device=device)]
         temperatures = torch.full((len(base),), temperature, device=device)
-        scale = ranking_scale(temperatures, coupled, config.greedy_scale)
+        scale = ranking_scale(temperatures, coupled, RankingScales.of(config))
         noise = None
         if temperature > 0 and coupled:
             noise = noise_windows(text.seed, temperature, base, block, config.vocab_size)

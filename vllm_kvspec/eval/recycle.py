@@ -19,10 +19,10 @@ from vllm_kvspec.eval.texts import Text, repeated_share
 from vllm_kvspec.kernels import reference_recycle as recycle
 from vllm_kvspec.kernels.reference import tree_walk
 from vllm_kvspec.kernels.reference_candidates import Candidates
-from vllm_kvspec.models.draft_head import KVSpecDraftModel
-from vllm_kvspec.models.drafting import draft_candidates
+from vllm_kvspec.models.drafting import Head, draft_candidates
 from vllm_kvspec.models.target import head_logits, view_target
-from vllm_kvspec.tree import ranking_scale
+from vllm_kvspec.rope import layer_types, layer_window
+from vllm_kvspec.tree import RankingScales, ranking_scale
 
 # Contexts in the table, as in the engine.
 SLOTS = 1 << 18
@@ -41,12 +41,14 @@ class Run:
         chain: bool,
         coupled: bool = True,
         temperature: float = 0.0,
-        head: KVSpecDraftModel | None = None,
+        head: Head | None = None,
         beam: int = 8,
         width: int = 4,
     ):
-        window = getattr(target.config.get_text_config(), "sliding_window", None)
-        self.target, self.window, self.num_nodes = target, window, num_nodes
+        config = target.config.get_text_config()
+        # Of each kind of layer.
+        self.windows = {kind: layer_window(config, i) for i, kind in enumerate(layer_types(config))}
+        self.target, self.num_nodes = target, num_nodes
         self.chain, self.coupled, self.temperature = chain, coupled, temperature
         self.head, self.beam, self.width = head, *((1, 1) if chain else (beam, width))
         self.table = recycle.empty_table(SLOTS, target.device)
@@ -58,15 +60,11 @@ class Run:
         """Draft through one text, from the first token that the target wrote on.
 
         A draft that agrees up to the text's end might have gone on, so it ends the run and does not count.
-        ``last_anchor``: the last position to draft from. Raises ValueError when the text is longer than a window.
+        ``last_anchor``: the last position to draft from.
         """
-        if self.window and len(text.input_ids) + self.num_nodes > self.window:
-            raise ValueError(
-                f"Without a head, texts must fit the target's sliding window of {self.window} tokens; found one of "
-                f"{len(text.input_ids)}. Ask for fewer tokens."
-            )
         ids = torch.tensor([text.input_ids], device=self.target.device)
-        cache = DynamicCache(config=self.target.config)
+        # It keeps what windows leave behind: of a tree's rows only some stay.
+        cache = DynamicCache()
         view = view_target(self.target, self.head.config, ids) if self.head else None
         base = text.prompt_length
         self._forward(ids[:, :base], torch.arange(base, device=ids.device)[None], None, cache)
@@ -118,7 +116,7 @@ class Run:
         noise = None
         if self.temperature > 0 and self.coupled:
             noise = noise_windows(text.seed, self.temperature, at, config.draft_block_size, config.vocab_size)
-        scale = ranking_scale(temperature, self.coupled, config.greedy_scale)
+        scale = ranking_scale(temperature, self.coupled, RankingScales.of(config))
         sizes = {"beam": self.beam, "width": self.width, "num_nodes": self.num_nodes}
         return Candidates(*draft_candidates(self.head, self.target, view, ids, at, noise, scale, **sizes))
 
@@ -136,14 +134,24 @@ class Run:
 
     def _forward(self, ids, positions, visible: torch.Tensor | None, cache: DynamicCache) -> torch.Tensor:
         """Logits [n, V] of ``ids`` [1, n], which go to the end of the cache. ``visible`` [n, m]: None for causal."""
-        mask = None
-        if visible is not None:
-            mask = torch.zeros(visible.shape, dtype=self.target.dtype, device=ids.device)
-            mask = mask.masked_fill(~visible, torch.finfo(mask.dtype).min)[None, None]
+        mask = None if visible is None else self._mask(visible, positions[0])
         out = self.target.base_model(
             input_ids=ids, position_ids=positions, attention_mask=mask, past_key_values=cache, use_cache=True
         )
         return head_logits(self.target, out.last_hidden_state[0]).float()
+
+    def _mask(self, visible: torch.Tensor, positions: torch.Tensor) -> torch.Tensor | dict[str, torch.Tensor]:
+        """What attention adds to the scores of n rows at ``positions`` [n], which are the last of the m keys; by kind
+        of layer where there are several."""
+        before = torch.arange(visible.shape[1] - len(positions), device=positions.device)
+        distance = positions[:, None] - torch.cat((before, positions))
+        blocked = torch.finfo(self.target.dtype).min
+        masks = {}
+        for kind, window in self.windows.items():
+            seen = visible & (distance < window) if window else visible
+            masks[kind] = torch.zeros(seen.shape, dtype=self.target.dtype, device=seen.device)
+            masks[kind] = masks[kind].masked_fill(~seen, blocked)[None, None]
+        return masks if len(masks) > 1 else masks.popitem()[1]
 
 
 def _keep(cache: DynamicCache, base: int, path: torch.Tensor) -> None:
@@ -160,7 +168,7 @@ def evaluate(
     *,
     coupled: bool,
     temperature: float,
-    head: KVSpecDraftModel | None = None,
+    head: Head | None = None,
     **options,
 ) -> tuple[dict[str, Acceptance], dict[str, Acceptance], dict[str, dict]]:
     """As ``acceptance.evaluate``: over all texts, and over the less repetitive half; and ``sources``: of each, how many

@@ -13,13 +13,12 @@ import torch
 from transformers import PreTrainedModel
 
 from vllm_kvspec.eval.acceptance import accepted_depth, anchor_batches, noise_windows
-from vllm_kvspec.eval.statistics import ratio_and_error
 from vllm_kvspec.eval.texts import Text
 from vllm_kvspec.kernels.reference import tree_build
 from vllm_kvspec.models.draft_head import KVSpecDraftModel
-from vllm_kvspec.models.drafting import draft_candidates
-from vllm_kvspec.models.target import view_target
-from vllm_kvspec.tree import num_candidates, ranking_scale
+from vllm_kvspec.models.drafting import block_rows, expand_block
+from vllm_kvspec.models.target import TargetView, view_target
+from vllm_kvspec.tree import RankingScales, num_candidates, ranking_scale
 
 
 @dataclass
@@ -34,34 +33,35 @@ class Run:
 @torch.no_grad()
 def row_acceptance(
     head: KVSpecDraftModel, target: PreTrainedModel, text: Text, num_nodes: list[int], *, temperature: float,
-    beam: int = 8, width: int = 4,
+    beam: int = 8, width: int = 4, view: TargetView | None = None,
 ) -> dict[int, torch.Tensor]:  # fmt: skip
     """Accepted tokens {nodes: [G, P]} int64 of the trees from rows d.. of the block made at every anchor.
 
     Row 0 is the fresh draft. Where fewer rows are left than ``num_nodes`` can fill with ``width`` children a node, the
     nodes' children are as many as that takes. Coupled above temperature 0. Block heads with a transition only.
+    ``view``: of the text, if there is one already.
     """
     config, device = head.config, target.device
     if config.drafting != "block" or not config.transition_rank:
         raise ValueError("Only a block head with a transition can draft again from the same rows; use another head.")
     block = config.draft_block_size
     ids = torch.tensor([text.input_ids], device=device)
-    view = view_target(target, config, ids)
+    view = view or view_target(target, config, ids)
     found: dict[int, list[torch.Tensor]] = {n: [] for n in num_nodes}
     for base in anchor_batches(text, head, device):
         truth = ids[0, base[:, None] + 1 + torch.arange(block, device=device)]
         temperatures = torch.full((len(base),), temperature, device=device)
-        scale = ranking_scale(temperatures, True, config.greedy_scale)
+        scale = ranking_scale(temperatures, True, RankingScales.of(config))
         noise = noise_windows(text.seed, temperature, base, block, config.vocab_size) if temperature > 0 else None
         parts: dict[int, list[torch.Tensor]] = {n: [] for n in num_nodes}
+        rows = block_rows(head, target, view, ids, base)
         for skip in range(block):
             wide = width
             while num_candidates(block - skip, beam, wide) < max(num_nodes):
                 wide *= 2
-            rows = None if noise is None else noise[:, skip:]
-            candidates = draft_candidates(
-                head, target, view, ids, base, rows, scale, beam=beam, width=wide, chain=None, skip=skip
-            )
+            here = None if noise is None else noise[:, skip:]
+            anchor = ids[0, base + skip]
+            candidates = expand_block(head, target, rows.left(skip), anchor, here, scale, beam=beam, width=wide)
             accepted = accepted_depth(*tree_build(*candidates, max(num_nodes))[:3], truth[:, skip:])
             for n in num_nodes:
                 parts[n].append(accepted[:, n])
@@ -119,7 +119,6 @@ def run_overlapped(accepted: torch.Tensor) -> Run:
     return run
 
 
-def tokens_and_error(runs: list[Run], over: str = "forwards") -> tuple[float, float]:
-    """Tokens per forward, or per pass, of all ``runs``, and the standard error with texts as the units."""
-    tokens, counts = ([getattr(run, name) for run in runs] for name in ("tokens", over))
-    return ratio_and_error(*(torch.tensor(column, dtype=torch.float64) for column in (tokens, counts)))
+def column(runs: list[Run], name: str) -> torch.Tensor:
+    """One of the counts of ``runs``, fp64 [runs]."""
+    return torch.tensor([getattr(run, name) for run in runs], dtype=torch.float64)

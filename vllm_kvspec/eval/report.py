@@ -20,6 +20,7 @@ from vllm_kvspec.eval.bottlenecks import bottlenecks
 from vllm_kvspec.eval.plots import Curve, plot_acceptance, plot_tau
 from vllm_kvspec.eval.report_file import ReportFile
 from vllm_kvspec.eval.texts import Text, cached_texts, digest, repeated_share
+from vllm_kvspec.kernels.reference_recycle import HEAD_WIDTH
 from vllm_kvspec.models.assistant_head import AssistantHead
 from vllm_kvspec.models.draft_head import KVSpecDraftModel
 from vllm_kvspec.models.drafting import Head
@@ -52,7 +53,7 @@ def measure(
     name: str | None = None,
     texts_dir: Path | None = None,
     with_bottlenecks: bool = True,
-    graft: bool = False,
+    graft: bool | None = None,
     command: str = "",
     output: Path | None = None,
 ) -> dict:
@@ -60,26 +61,24 @@ def measure(
 
     ``draft_model``: a head, or an assistant with trees of ``tree_depth`` levels, which has no bottlenecks. None: what
     is drafted without a head, which has none either and takes neither beam nor width. ``graft``: the head with what is
-    drafted without one, as served with ``"graft": true``; without the bottlenecks. ``texts_dir``: where the target's
-    texts are kept for the next head, or None. ``name``: what ``compare`` calls the head; heads of the same name are
+    drafted without one, or the head alone; None: as it is served by default. ``texts_dir``: where the target's texts
+    are kept for the next head, or None. ``name``: what ``compare`` calls the head; heads of the same name are
     seeds of one recipe. ``output``: where the report is written after every run; the runs that an interrupted
     measurement of the same left there are taken over. Raises ValueError when no text is long enough for a block, for a
-    ``tree_depth`` without an assistant, and for ``graft`` without a head of ours.
+    ``tree_depth`` without an assistant, and for ``graft`` without a head.
     """
     if tree_depth is not None and not (draft_model and is_assistant(draft_model)):
         raise ValueError(
             f"tree_depth is for an assistant's trees, got {tree_depth} with draft_model {draft_model}; leave it out."
         )
-    if graft and (draft_model is None or is_assistant(draft_model)):
-        raise ValueError(
-            f"Grafts are measured on heads of ours, found --graft with draft_model {draft_model}; leave it out, or "
-            "serve the two and read vLLM's counters."
-        )
+    if graft and draft_model is None:
+        raise ValueError("Grafts need a head to graft onto, found --graft without --draft_model; leave it out.")
     target, tokenizer = load_target(target_model, getattr(torch, dtype))
     fingerprint = target_fingerprint(target.config.get_text_config(), tokenizer)
     head, block, sizes = None, recycle.CHAIN, [n for n in num_nodes if n <= MAX_NODES]
     if draft_model is not None:
         head = _load_head(draft_model, target, fingerprint, tree_depth)
+        graft = _is_grafted(head, width) if graft is None else graft
         block = head.config.draft_block_size
         sizes = fitting_sizes(num_nodes, block, beam, width)
     prompts = cut_prompts(load_texts(data_path), tokenizer, num_prompts, prompt_length, seed)
@@ -93,7 +92,7 @@ def measure(
             "fingerprint": {key: value for key, value in fingerprint.items() if key not in NOT_COMPARED},
         },
         "head": _describe_head(head, draft_model, name, graft) if head else _describe_no_head(name),
-        "graft": graft,
+        "graft": bool(graft),
         "data_path": [str(path) for path in data_path],
         "prompts_sha256": digest(prompts),
         "num_prompts": num_prompts,
@@ -128,7 +127,7 @@ def measure(
             if mode == REJECTION and (graft or head is None):
                 continue
             print_run(file.run(temperature, mode, run))
-    if with_bottlenecks and isinstance(head, KVSpecDraftModel) and not graft:
+    if with_bottlenecks and isinstance(head, KVSpecDraftModel):
         first = temperatures[0]
         print_bottlenecks(
             file.bottlenecks(lambda: _rounded(bottlenecks(head, target, texts_at(first)[0][:BOTTLENECK_TEXTS], first)))
@@ -159,6 +158,13 @@ def _load_head(path: str, target: PreTrainedModel, fingerprint: dict, depth: int
     head = KVSpecDraftModel.from_pretrained(path, dtype=target.dtype).eval().to(target.device)
     check_fingerprint(head.config, fingerprint)
     return head
+
+
+def _is_grafted(head: Head, width: int) -> bool:
+    """Whether a server would graft onto trees of this head by default (``engine.config.keys``)."""
+    if not isinstance(head, KVSpecDraftModel) or width > HEAD_WIDTH:
+        return False
+    return not head.config.has_own_context and head.config.fusion == "direct"
 
 
 def _describe_head(head: Head, path: str, name: str | None, graft: bool) -> dict:

@@ -149,11 +149,20 @@ def summarise_runs(accepted: list[list[int]], block: int, seed: int = 0) -> Acce
     return replace(found, **short, retention=float("nan"), retention_se=float("nan"))
 
 
+def ratio_and_parts(numerators: torch.Tensor, denominators: torch.Tensor) -> tuple[float, torch.Tensor]:
+    """The ratio of the sums of both, fp64 [texts], and what every text adds to its error, [texts].
+
+    The root of the sum of their squares is the standard error with texts as the units; of differences of the parts of
+    two ratios over the same texts, that of the ratios' difference.
+    """
+    ratio = numerators.sum() / denominators.sum()
+    return ratio.item(), (numerators - ratio * denominators) / denominators.sum()
+
+
 def ratio_and_error(numerators: torch.Tensor, denominators: torch.Tensor) -> tuple[float, float]:
     """The ratio of the sums of both, fp64 [texts], and its standard error with texts as the units."""
-    ratio = numerators.sum() / denominators.sum()
-    error = (numerators - ratio * denominators).square().sum().sqrt() / denominators.sum()
-    return ratio.item(), error.item()
+    ratio, parts = ratio_and_parts(numerators, denominators)
+    return ratio, parts.norm().item()
 
 
 def mean_and_error(values: list[torch.Tensor]) -> tuple[float, float]:

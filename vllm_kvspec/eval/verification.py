@@ -11,7 +11,7 @@ Names: P and Q are the probabilities of a prefix, p and q those of one token giv
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from transformers import PreTrainedModel
@@ -20,10 +20,10 @@ from vllm_kvspec.eval.acceptance import anchor_positions, noise_windows, text_ac
 from vllm_kvspec.eval.texts import Text
 from vllm_kvspec.models.draft_head import KVSpecDraftModel
 from vllm_kvspec.models.drafting import draft_logits
-from vllm_kvspec.models.target import head_logits, view_target
+from vllm_kvspec.models.target import TargetView, head_logits, view_target
 
-# A batch of anchors holds some ten tensors [A, G, V] in float64.
-VALUES_PER_BATCH = 1 << 20
+# A batch of anchors holds some ten tensors [A, G, Vd] in float64, each of this many values at most: some 400 MB in all.
+VALUES_PER_BATCH = 1 << 22
 BISECTIONS = 40
 
 
@@ -31,9 +31,10 @@ BISECTIONS = 40
 class PathOdds:
     """What the rules need to know of p and q along the text, fp64.
 
-    ``log_p``, ``log_q`` [A, G]: of the text's token at each depth. Of all tokens, put in ascending order of p / q, [A,
-    G, V]: ``log_ratio`` of p / q, and ``below_p``, ``below_q``, the probabilities of each token and those before it.
-    ``below`` [A, G]: the head's probability of the tokens that come before the text's.
+    ``log_p``, ``log_q`` [A, G]: of the text's token at each depth. Of the tokens that the head may draft, put in
+    ascending order of p / q, [A, G, Vd]: ``log_ratio`` of p / q, and ``below_p``, ``below_q``, the probabilities of
+    each token and those before it. ``below`` [A, G]: the head's probability of the tokens that come before the text's.
+    ``k_seq``: what K-SEQ needs for k drafts, once it has been found.
     """
 
     log_p: torch.Tensor
@@ -42,16 +43,29 @@ class PathOdds:
     below_p: torch.Tensor
     below_q: torch.Tensor
     below: torch.Tensor
+    k_seq: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
 
-def path_odds(log_p: torch.Tensor, log_q: torch.Tensor, truth: torch.Tensor) -> PathOdds:
-    """From log-probabilities [A, G, V] along the text ``truth`` [A, G] int64. ``log_q`` may be -inf, ``log_p`` not."""
+def path_odds(
+    log_p: torch.Tensor, log_q: torch.Tensor, truth: torch.Tensor, draft_ids: torch.Tensor | None = None
+) -> PathOdds:
+    """From log-probabilities [A, G, V] along the text ``truth`` [A, G] int64. ``log_q`` may be -inf, ``log_p`` not.
+
+    ``draft_ids`` [Vd] int64, ascending: outside them ``log_q`` is -inf. Such tokens come last in the order, and no rule
+    asks for more of them than the text's own p.
+    """
+    chosen_p, chosen_q = (x.gather(-1, truth.unsqueeze(-1)).squeeze(-1).double() for x in (log_p, log_q))
+    entry = truth
+    if draft_ids is not None:
+        log_p, log_q = log_p[..., draft_ids], log_q[..., draft_ids]
+        entry = torch.searchsorted(draft_ids, truth)
+        entry = torch.where(chosen_q > float("-inf"), entry, -1)
     log_p, log_q = log_p.double(), log_q.double()
     log_ratio, order = (log_p - log_q).sort(dim=-1, stable=True)
     below_q = log_q.exp().gather(-1, order).cumsum(-1)
-    place = (order == truth.unsqueeze(-1)).int().argmax(-1, keepdim=True)
-    chosen_p, chosen_q = (x.gather(-1, truth.unsqueeze(-1)).squeeze(-1) for x in (log_p, log_q))
+    place = (order == entry.unsqueeze(-1)).int().argmax(-1, keepdim=True)
     before = torch.where(place > 0, below_q.gather(-1, (place - 1).clamp(min=0)), 0.0).squeeze(-1)
+    before = torch.where(entry < 0, below_q[..., -1], before)
     return PathOdds(chosen_p, chosen_q, log_ratio, log_p.exp().gather(-1, order).cumsum(-1), below_q, before)
 
 
@@ -114,13 +128,16 @@ def k_seq_survival(odds: PathOdds, drafts: int) -> torch.Tensor:
     p, q = odds.log_p.exp(), odds.log_q.exp()
     left = torch.zeros(len(p), drafts + 1, dtype=p.dtype, device=p.device)
     left[:, drafts] = 1
-    factors = {k: k_seq_factor(odds, k) for k in range(1, drafts + 1)}
-    shares = {k: accepted_share(odds, factor) for k, factor in factors.items()}
+    for k in range(1, drafts + 1):
+        if k not in odds.k_seq:
+            factor = k_seq_factor(odds, k)
+            odds.k_seq[k] = factor, accepted_share(odds, factor)
     survival = []
     for depth in range(p.shape[1]):
         here, following = (p[:, depth], q[:, depth]), torch.zeros_like(left)
         for k in range(1, drafts + 1):
-            step = _agreeing(*here, factors[k][:, depth], shares[k][:, depth], k)
+            factor, share = odds.k_seq[k]
+            step = _agreeing(*here, factor[:, depth], share[:, depth], k)
             following[:, : k + 1] += left[:, k : k + 1] * step
         left = following
         survival.append(left.sum(-1))
@@ -201,25 +218,29 @@ WALKS = {"walk": False, "walk, coupled": True}
 
 @torch.no_grad()
 def rule_survival(
-    head: KVSpecDraftModel, target: PreTrainedModel, text: Text, drafts: list[int], *, temperature: float
-) -> dict[str, torch.Tensor]:
+    head: KVSpecDraftModel, target: PreTrainedModel, text: Text, drafts: list[int], *, temperature: float,
+    view: TargetView | None = None,
+) -> dict[str, torch.Tensor]:  # fmt: skip
     """Survival [P, G] fp64 of every rule at every anchor of one text: "token", "block", "k-seq 2", ...
 
     Also [P, 1], for the first token alone: "first: optimum 2" and those of ``first_tokens``, "first: best 2", ...
+    ``view``: of the text, if there is one already.
     """
     config, device = head.config, target.device
     ids = torch.tensor([text.input_ids], device=device)
-    view = view_target(target, config, ids)
+    view = view or view_target(target, config, ids)
     offsets = torch.arange(config.draft_block_size, device=device)
     base_positions = anchor_positions(text, config.draft_block_size).to(device)
-    size = max(1, VALUES_PER_BATCH // (len(offsets) * config.vocab_size))
+    size = max(1, VALUES_PER_BATCH // (len(offsets) * config.draft_vocab_size))
     found: dict[str, list[torch.Tensor]] = {}
     for base in base_positions.split(size):
         positions = base[:, None] + offsets
         log_q = (draft_logits(head, target, view, ids, base, ids[0, positions]).float() / temperature).log_softmax(-1)
-        log_p = (head_logits(target, view.hidden[0, positions]).float() / temperature).log_softmax(-1)
+        # Neighbours share most of their positions.
+        span = torch.arange(int(base[0]), int(base[-1]) + len(offsets), device=device)
+        log_p = (head_logits(target, view.hidden[0, span]).float() / temperature).log_softmax(-1)[positions - base[0]]
         truth = ids[0, positions + 1]
-        odds = path_odds(log_p, log_q, truth)
+        odds = path_odds(log_p, log_q, truth, head.draft_token_ids)
         noise = noise_windows(text.seed, temperature, base, 1, config.vocab_size)[:, 0] / temperature
         parts = {name: rule(odds) for name, rule in SINGLE.items()}
         parts |= {f"{name} {k}": rule(odds, k) for name, rule in MULTI.items() for k in drafts}
@@ -233,14 +254,15 @@ def rule_survival(
 
 
 def walk_survival(
-    head: KVSpecDraftModel, target: PreTrainedModel, text: Text, nodes: list[int], *, temperature: float
-) -> dict[str, torch.Tensor]:
+    head: KVSpecDraftModel, target: PreTrainedModel, text: Text, nodes: list[int], *, temperature: float,
+    view: TargetView | None = None,
+) -> dict[str, torch.Tensor]:  # fmt: skip
     """Survival [P, G] fp64 of the engine's rule: "walk 16" over the best 16 nodes, "walk, coupled 16" under the noise,
-    "walk, chain" and "walk, coupled, chain" along a block."""
+    "walk, chain" and "walk, coupled, chain" along a block. ``view``: of the text, if there is one already."""
     depths = torch.arange(head.config.draft_block_size)
     found = {}
     for name, coupled in WALKS.items():
-        accepted = text_acceptance(head, target, text, nodes, temperature=temperature, coupled=coupled)
+        accepted = text_acceptance(head, target, text, nodes, temperature=temperature, coupled=coupled, view=view)
         accepted = {f"{name} {n}": accepted[str(n)] for n in nodes} | {f"{name}, chain": accepted["chain"]}
         found |= {key: (value[:, None] > depths).double() for key, value in accepted.items()}
     return found

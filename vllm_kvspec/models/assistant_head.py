@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, Gemma4AssistantForCausalLM, PreTrainedModel
 
-from vllm_kvspec.assistant import DEFAULT_DEPTH, GREEDY_SCALE, source_layers
+from vllm_kvspec.assistant import DEFAULT_DEPTH, scales, source_layers
 from vllm_kvspec.kernels.reference_candidates import (
     Candidates,
     empty_candidates,
@@ -34,7 +34,7 @@ class AssistantHead(nn.Module):
         self.config = SimpleNamespace(
             draft_block_size=depth,
             drafting="assistant",
-            greedy_scale=GREEDY_SCALE,
+            **scales(model.config),
             vocab_size=text.vocab_size,
             num_hidden_layers=text.num_hidden_layers,
             target_kv_layer_ids=source_layers(model.config, target.config.get_text_config()),

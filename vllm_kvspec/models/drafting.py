@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Drafts of any head, in torch: the logits of its blocks and the candidates of its trees. Evaluation uses these."""
 
+from typing import NamedTuple
+
 import torch
 from transformers import PreTrainedModel
 
@@ -54,27 +56,65 @@ def draft_candidates(
     width: int,
     num_nodes: int | None = None,
     chain: torch.Tensor | None = None,
-    skip: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Candidates (score, token, parent) of a tree at each anchor, as ``tree.expand_tree`` gives them.
 
     ``input_ids`` [1, S]: the sequence of ``view``; ``base`` int64 [A]. The other arguments are those of
-    ``tree.expand_tree`` for A requests. Autoregressive heads run once per level over the beam's paths.
-    ``skip``: trees under the tokens at ``base + skip`` from the rows that a block head made at ``base``, as many as
-    are left of them.
+    ``tree.expand_tree`` for A requests, over the whole vocabulary. Autoregressive heads run once per level over the
+    beam's paths.
     """
     options = {"noise": noise, "scale": scale, "chain": chain}
     options |= {"beam": beam, "width": width, "num_nodes": num_nodes}
     if isinstance(head, AssistantHead):
         return head.candidates(view, input_ids, base, **options)
-    anchor = input_ids[0, base + skip]
+    anchor = input_ids[0, base]
     if head.config.drafting == "autoregressive":
         return _expand_paths(head, target, view, base, anchor, options)
+    return expand_block(head, target, block_rows(head, target, view, input_ids, base), anchor, **options)
+
+
+class BlockRows(NamedTuple):
+    """What one pass of a block head says of the positions after each anchor, before the transition.
+
+    ``logits`` [A, G, Vd] over the draft vocabulary; ``gate`` [A, G, r] of a tied transition, or None.
+    """
+
+    logits: torch.Tensor
+    gate: torch.Tensor | None
+
+    def left(self, skip: int) -> "BlockRows":
+        """The rows from the one at ``base + skip`` on."""
+        return BlockRows(self.logits[:, skip:], None if self.gate is None else self.gate[:, skip:])
+
+
+def block_rows(
+    head: KVSpecDraftModel, target: PreTrainedModel, view: TargetView, input_ids: torch.Tensor, base: torch.Tensor
+) -> BlockRows:
+    """The pass of a block head at the anchors ``base`` int64 [A] of the sequence ``input_ids`` [1, S]."""
     embeds = target.get_input_embeddings()(input_ids[0, base])
-    hidden = head(view, base[None], embeds[None, :, None])[0, :, skip:]
-    logits = _whole_vocabulary(head, head_logits(target, hidden, head.draft_token_ids))
+    hidden = head(view, base[None], embeds[None, :, None])[0]
     gate = head.gate(hidden) if head.config.has_tied_transition else None
-    return expand_tree(logits, anchor, *transition_factors(head, target), gate=gate, **options)
+    return BlockRows(head_logits(target, hidden, head.draft_token_ids), gate)
+
+
+def expand_block(
+    head: KVSpecDraftModel,
+    target: PreTrainedModel,
+    rows: BlockRows,
+    anchor: torch.Tensor,
+    noise: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None,
+    **options,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Candidates of trees under the tokens ``anchor`` int64 [A], of as many levels as there are ``rows``.
+
+    ``noise`` [A, G, V] over the whole vocabulary; the other arguments are those of ``tree.expand_tree``.
+    """
+    draft_ids = head.draft_token_ids
+    if noise is not None and draft_ids is not None:
+        noise = noise[..., draft_ids]
+    factors = transition_factors(head, target)
+    return expand_tree(rows.logits, anchor, *factors, noise, scale, draft_ids=draft_ids, gate=rows.gate, **options)
 
 
 def _row_logits(head: KVSpecDraftModel, target: PreTrainedModel, hidden: torch.Tensor, tokens: torch.Tensor):
@@ -86,12 +126,12 @@ def _row_logits(head: KVSpecDraftModel, target: PreTrainedModel, hidden: torch.T
 def transition_factors(
     head: KVSpecDraftModel, target: PreTrainedModel
 ) -> tuple[torch.Tensor, torch.Tensor] | tuple[None, None]:
-    """Both factors of the bias, [V, r] each, zero outside a reduced draft vocabulary; (None, None) without a bias."""
+    """Both factors of the bias, [V, r] and [Vd, r]; (None, None) without a bias."""
     if not head.config.transition_rank:
         return None, None
     if head.config.has_tied_transition:
         return _tied_tables(head, target)
-    return head.transition_in.weight, _every_token(head, head.transition_out.weight)
+    return head.transition_in.weight, head.transition_out.weight
 
 
 @torch.no_grad()
@@ -103,15 +143,8 @@ def _tied_tables(head: KVSpecDraftModel, target: PreTrainedModel) -> tuple[torch
         rows = head.token_rows(target.get_input_embeddings()(every))
         columns = head.transition_hidden.weight.T
         out = uncapped_logits(target, columns, head.draft_token_ids, with_bias=False).T.to(rows.dtype)
-        head._tables = (made_of, rows, _every_token(head, out))
+        head._tables = (made_of, rows, out)
     return head._tables[1:]
-
-
-def _every_token(head: KVSpecDraftModel, factor: torch.Tensor) -> torch.Tensor:
-    """``factor`` [Vd, r] of the draft vocabulary -> [V, r], zero outside it."""
-    if head.draft_token_ids is None:
-        return factor
-    return factor.new_zeros(head.config.vocab_size, factor.shape[1]).index_copy(0, head.draft_token_ids, factor)
 
 
 def _expand_paths(head, target, view, base, anchor, options) -> tuple[torch.Tensor, ...]:

@@ -27,9 +27,9 @@ from vllm_kvspec.tree import MAX_NODES
 # counts, because the running estimate scales it. Shape: tau - 1 of the bundled head on 24 held-out prompts, the mean of
 # temperature 0 and 1 after scaling each to 1 at 16 nodes. Height: a cautious tau of 3 at 16 nodes.
 DEFAULT_PROFILE = {1: 1.50, 2: 1.82, 4: 2.21, 8: 2.66, 16: 3.00, 32: 3.34, 63: 3.54}
-# The same without a head, from SmolLM2-135M's chats (docs/recycle.md). Shape: the mean of temperature 0 and 1 as above;
-# 63 nodes at temperature 1 were not measured and count as 32. Height: that of temperature 1, the lower of the two.
-RECYCLE_PROFILE = {1: 1.11, 2: 1.18, 4: 1.24, 8: 1.33, 16: 1.39, 32: 1.46, 63: 1.50}
+# The same without a head, from SmolLM2-135M's chats (docs/recycle.md). Shape: the mean of temperature 0 and 1 as above.
+# Height: that of temperature 1, the lower of the two.
+RECYCLE_PROFILE = {1: 1.11, 2: 1.18, 4: 1.24, 8: 1.33, 16: 1.39, 32: 1.46, 63: 1.54}
 # Request steps after which an observation has lost 63% of its weight: steps that bring new ones, and steps without
 # nodes, which bring none. The second bounds how often a hopeless workload is tried again.
 HORIZON, IDLE_HORIZON = 512.0, 4096.0

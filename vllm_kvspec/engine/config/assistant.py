@@ -6,7 +6,7 @@ from typing import Any
 
 from vllm.config import SpeculativeConfig
 
-from vllm_kvspec.assistant import GREEDY_SCALE
+from vllm_kvspec.assistant import scales
 
 ARCHITECTURE = "KVSpecGemma4Assistant"
 
@@ -22,7 +22,6 @@ def as_head(layers: list[int], vocab_size: int, depth: int) -> partial:
         "target_kv_layer_ids": layers,
         "draft_block_size": depth,
         "draft_vocab_size": vocab_size,
-        "greedy_scale": GREEDY_SCALE,
     }
     return partial(_with_keys, keys=keys)
 
@@ -30,5 +29,5 @@ def as_head(layers: list[int], vocab_size: int, depth: int) -> partial:
 def _with_keys(config: Any, keys: dict[str, Any]) -> Any:
     # vLLM's own name for an assistant selects the convertor that knows its sizes.
     config = SpeculativeConfig.hf_config_override(config)
-    config.update(keys)
+    config.update(keys | scales(config))
     return config

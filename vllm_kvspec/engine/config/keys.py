@@ -113,15 +113,17 @@ class KVSpecConfig(SpeculativeConfig):
     tree_width: int = TREE_WIDTH
     """Children considered per node when ``tree`` is ``"auto"``."""
     tree_depth: int | None = None
-    """Levels at most when ``tree`` is ``"auto"``: by default the head's block, or ``assistant.DEFAULT_DEPTH``."""
+    """Levels of the head's nodes at most when ``tree`` is ``"auto"``: by default the head's block, or
+    ``assistant.DEFAULT_DEPTH``."""
     draft_noise: Literal["coupled", "none"] = "coupled"
     """At temperature > 0, rank candidates under the very Gumbel noise the target will sample with, or without it."""
     drafter: Literal["head", "recycle", "oracle", "random"] | None = None
     """None: ``"head"`` with a model, ``"recycle"`` without: successors from the target's own earlier logits and the
     request's own text. ``"oracle"`` and ``"random"`` are for tests: they place known or random tokens on random
     trees."""
-    graft: bool = False
-    """With a head: what ``"recycle"`` would draft takes part in the head's trees, the best of both."""
+    graft: bool | None = None
+    """With a head: what ``"recycle"`` would draft takes part in the head's trees, the best of both. None: wherever it
+    can, but not with assistants."""
     recycle_scope: Literal["salt", "request"] = "salt"
     """For ``drafter: "recycle"`` and ``graft``: who learns from whom. ``"salt"``: requests of the same ``cache_salt``,
     those without one among themselves. ``"request"``: nobody."""
@@ -236,6 +238,7 @@ class KVSpecConfig(SpeculativeConfig):
             )
         if self.graft:
             raise ValueError('kvspec\'s graft needs a head to graft onto; found none. Give "model", or leave it out.')
+        self.graft = False
         if self.parents or self.tree_width != TREE_WIDTH or self.tree_depth:
             raise ValueError(
                 f"kvspec's tree of fixed shape, width or depth needs a head; found tree {self.tree!r}, tree_width "
@@ -260,7 +263,10 @@ class KVSpecConfig(SpeculativeConfig):
                 f"kvspec's tree {self.tree} has {len(parents)} nodes, but num_speculative_tokens is {nodes}. "
                 "Give the same number, or leave num_speculative_tokens out."
             )
-        if self.graft and (parents or self.tree_width > HEAD_WIDTH or self.drafter != "head"):
+        can_graft = self.drafter == "head" and not parents and self.tree_width <= HEAD_WIDTH
+        if self.graft is None:
+            self.graft = can_graft and not self.has_assistant
+        if self.graft and not can_graft:
             raise ValueError(
                 f'kvspec\'s graft needs drafter "head" and trees that scores choose, of tree_width at most {HEAD_WIDTH}'
                 f"; found drafter {self.drafter!r}, tree {self.tree!r}, tree_width {self.tree_width}. Leave them out."

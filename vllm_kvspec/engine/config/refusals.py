@@ -136,6 +136,11 @@ def load_head_config(model: str | None, revision: str | None) -> PreTrainedConfi
             f"kvspec's model must be a draft head (model_type {KVSpecDraftConfig.model_type!r}) or an assistant of "
             f"Gemma 4; {model!r} is a {head.model_type!r} model. Train a head for your target with `vllm-kvspec train`."
         )
+    if quantised := getattr(head, "quantization_config", None):
+        raise ValueError(
+            f"kvspec serves draft heads whose weights are as they were trained; {model!r} is quantised "
+            f"({quantised.get('quant_method')}). Use the one that it was made from: the target may be quantised."
+        )
     for path in sorted(Path(model).glob("*.safetensors")):
         check_safetensors(path)
     if Path(model).is_dir() and not any(Path(model).glob("*.safetensors")):

@@ -22,7 +22,7 @@ from vllm_kvspec.engine.draft.transition import DraftTransition
 from vllm_kvspec.engine.target_kv import PagedLayer
 from vllm_kvspec.kernels.reference_candidates import Candidates, Level, Parents, empty_candidates, root_parents
 from vllm_kvspec.kernels.reference_draft_inputs import DraftRows
-from vllm_kvspec.tree import ancestor_masks, depths, fixed_levels, plan_levels
+from vllm_kvspec.tree import RankingScales, ancestor_masks, depths, fixed_levels, plan_levels
 
 Expand = Callable[..., Candidates]
 # Tokens int64 [B, N]; parent, depth int32 and ancestor_mask int64 [B, N1].
@@ -137,7 +137,7 @@ class Drafter:
             temperature=rows.temperature,
             seeds=rows.seed,
             coupled=self.coupled,
-            greedy_scale=self.head.config.greedy_scale,
+            scales=RankingScales.of(self.head.config),
         )
 
     def _path_candidates(self, rows: DraftRows, *, levels: Sequence[Level], **options) -> Candidates:

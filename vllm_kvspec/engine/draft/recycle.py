@@ -18,7 +18,7 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 
 from vllm_kvspec.engine import ops
 from vllm_kvspec.engine.config.keys import KVSpecConfig
-from vllm_kvspec.kernels.reference_candidates import Candidates, Level, empty_candidates, root_parents
+from vllm_kvspec.kernels.reference_candidates import Candidates, Level, RankingScales, empty_candidates, root_parents
 from vllm_kvspec.kernels.reference_draft_inputs import DraftRows
 from vllm_kvspec.kernels.reference_recycle import WIDTH, RecycleTable, empty_table
 
@@ -29,6 +29,7 @@ SLOTS = 1 << 18
 SHARED = 0
 # Only the best successors of each row are wanted, no next level.
 BEST = Level(num_parents=1, width=WIDTH, num_next=0)
+UNSCALED = RankingScales(1.0, 1.0)
 
 
 def owner_of(request, scope: str) -> int:
@@ -86,7 +87,7 @@ class RecycleDrafter(nn.Module):
         best = empty_candidates(rows, [BEST], logits.device)
         ops.tree_level(
             logits.unsqueeze(1), root_parents(zeros), None, None, level=BEST, depth=0, base=zeros, idx_mapping=zeros,
-            temperature=zeros[:1].float(), seeds=zeros[:1], coupled=False, greedy_scale=1.0, candidates=best, offset=0,
+            temperature=zeros[:1].float(), seeds=zeros[:1], coupled=False, scales=UNSCALED, candidates=best, offset=0,
         )  # fmt: skip
         ops.recycle_update(
             self.table,

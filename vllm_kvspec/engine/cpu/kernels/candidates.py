@@ -169,13 +169,13 @@ def _or(tensor: torch.Tensor | None, stand_in: torch.Tensor) -> np.ndarray:
     return flat(stand_in if tensor is None else tensor)
 
 
-def _given(base, depths, idx_mapping, temperature, seeds, coupled, greedy_scale, chain, draft_ids, vocab_size):
+def _given(base, depths, idx_mapping, temperature, seeds, coupled, scales, chain, draft_ids, vocab_size):
     """What does not change from level to level: noise [B, len(depths), Vd] or None, scale [B], chain int64 [B]."""
     temperatures, noise = temperature[idx_mapping], None
     if coupled and temperatures.any():
         tokens = torch.arange(vocab_size) if draft_ids is None else draft_ids
         noise = gumbel_noise_at(seeds, temperature, base.long()[:, None] + depths, idx_mapping, tokens)
-    scale = reference.ranking_scale(temperatures, coupled, greedy_scale)
+    scale = reference.ranking_scale(temperatures, coupled, scales)
     return noise, scale, None if chain is None else chain[idx_mapping].long()
 
 
@@ -192,7 +192,7 @@ def tree_level(
     temperature: torch.Tensor,
     seeds: torch.Tensor,
     coupled: bool,
-    greedy_scale: float,
+    scales: reference.RankingScales,
     chain: torch.Tensor | None = None,
     draft_ids: torch.Tensor | None = None,
     gate: torch.Tensor | None = None,
@@ -204,11 +204,11 @@ def tree_level(
     if draft_ids is not None and draft_ids.dim() == 3:
         return reference.tree_level(
             logits, parents, transition_in, transition_out, level=level, depth=depth, base=base,
-            idx_mapping=idx_mapping, temperature=temperature, seeds=seeds, coupled=coupled, greedy_scale=greedy_scale,
+            idx_mapping=idx_mapping, temperature=temperature, seeds=seeds, coupled=coupled, scales=scales,
             chain=chain, draft_ids=draft_ids, candidates=candidates, offset=offset,
         )  # fmt: skip
     noise, scale, chains = _given(
-        base, torch.tensor([depth]), idx_mapping, temperature, seeds, coupled, greedy_scale, chain, draft_ids,
+        base, torch.tensor([depth]), idx_mapping, temperature, seeds, coupled, scales, chain, draft_ids,
         logits.shape[-1],
     )  # fmt: skip
     return _expand_level(
@@ -229,14 +229,14 @@ def tree_candidates(
     temperature: torch.Tensor,
     seeds: torch.Tensor,
     coupled: bool,
-    greedy_scale: float,
+    scales: reference.RankingScales,
     chain: torch.Tensor | None = None,
     draft_ids: torch.Tensor | None = None,
     gate: torch.Tensor | None = None,
 ) -> reference.Candidates:
     """``reference_candidates.tree_candidates``, also with a packed ``transition_out``."""
     noise, scale, chains = _given(
-        base, torch.arange(len(levels)), idx_mapping, temperature, seeds, coupled, greedy_scale, chain, draft_ids,
+        base, torch.arange(len(levels)), idx_mapping, temperature, seeds, coupled, scales, chain, draft_ids,
         depth_logits.shape[-1],
     )  # fmt: skip
 

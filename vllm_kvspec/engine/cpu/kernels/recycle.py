@@ -184,6 +184,7 @@ def _followed(text, base, depth, last, matches, alive, alive_above, child, share
     confidence = _F(1) - np.exp(_F(-MATCH_RATE) * _F(min(longest, LONGEST)))
     for i in range(HEAD):
         share[i] *= (confidence / max(total, _F(1e-30))) if WIDTH <= i < GUESS else _F(1) - confidence
+    return confidence
 
 
 @_inlined
@@ -206,7 +207,8 @@ def _of_head(score, token, parent, width, origin, child, believed):
 
 @_inlined
 def _graft(child, believed, score, trust, out):
-    """Of what the head and the others believe of a token, the more counts; the others are trusted less."""
+    """Of what the head and the others believe of a token, the more counts; the others are trusted less. ``score``: that
+    of the head's children, given their parent."""
     for i in range(HEAD):
         out[i] += np.log(trust)
     for k in range(HEAD_WIDTH):
@@ -293,7 +295,7 @@ def _grow(
                 _recycled(
                     owners, contexts, tokens, log_probs, owner[requests[b]], before, token[node], earlier, child, share
                 )
-                _followed(
+                confidence = _followed(
                     mine, base, steps, token[node], matches[b * MATCHES : (b + 1) * MATCHES], alive[node],
                     alive[parent[node]], child, share,
                 )  # fmt: skip
@@ -323,7 +325,8 @@ def _grow(
                         origin[node], child, believed,
                     )  # fmt: skip
                     trust = _F(GRAFT_TRUST_SAMPLED) if temperature > _F(0) else _F(GRAFT_TRUST)
-                    _graft(child, believed, score[node], trust, frontier_score[node])
+                    left = score[node] + np.log(_F(1) - confidence)
+                    _graft(child, believed, left, trust, frontier_score[node])
                 best, above, lane = _F(-np.inf), -1, -1
                 for n in range(node if chains[b] != 0 else 0, node + 1):
                     for i in range(LANES):
