@@ -33,7 +33,7 @@ from vllm_kvspec.engine.verify.attention_cuda import TreeMetadataBuilder
 def test_text_and_drafts(make_engine, with_graphs, replays, spec, check, tmp_path, keys, names, beside):
     """Also of padded batches, and of chains among trees. ``beside``: an engine without graphs accepts as much."""
     if keys.get("model"):
-        keys |= {"model": write_head(tmp_path, drafting="autoregressive")}
+        keys = keys | {"model": write_head(tmp_path, drafting="autoregressive")}
     keys = {"num_speculative_tokens": 8} | keys
     accepted = []
     for options in (with_graphs, {}) if beside else (with_graphs,):
