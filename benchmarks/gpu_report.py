@@ -73,7 +73,7 @@ def gpu_steps(output: Path) -> list[Step]:
         Step("kernels", "each kernel equals its torch twin", pytest_command("tests/kernels", *ignored)),
         Step("kernel times", "ms and bandwidth", benchmark("bench_kernels.py", *shapes, "--output", kernels)),
         *identity[:2],
-        Step("drafter's graph", "no host sync", pytest_command("tests/engine/test_drafter_graph.py"), "vllm"),
+        Step("drafter's graph", "no host sync", pytest_command("tests/engine/test_cuda_graphs.py"), "vllm"),
         Step("engine times", "ms a step", benchmark("bench_engine.py", *loads, "--output", engine), "vllm"),
         identity[2],
         Step("request mix", "every feature", pytest_command("tests/engine/test_identity.py"), "vllm"),

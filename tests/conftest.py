@@ -25,7 +25,14 @@ class Neighbours:
     """Finds the modules beside this file, when they are imported. On sys.path the tests would hide others' ``kernels``,
     ``train``, ..."""
 
-    NAMES = ("architectures", "copy_language", "interpreted_vllm", "interpreter_bf16", "verification_rules")
+    NAMES = (
+        "architectures",
+        "copy_language",
+        "interpreted_vllm",
+        "interpreter_bf16",
+        "recorded_graphs",
+        "verification_rules",
+    )
 
     @classmethod
     def find_spec(cls, name: str, path=None, target=None):

@@ -27,6 +27,16 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 import engine_runner  # noqa: E402
 import requests_mix  # noqa: E402
 
+# Plain decoding up to any batch in 1 ms; 4 nodes for up to 5 requests, 8 for up to 2, beyond that ten times the time.
+COSTS = {
+    "steps": {
+        "0": [[1, 0.001], [8, 0.001]],
+        "4": [[1, 0.0011], [5, 0.0011], [6, 0.01], [8, 0.01]],
+        "8": [[1, 0.0012], [2, 0.0012], [3, 0.01], [8, 0.01]],
+    },
+    "context": {"0": 0, "4": 0, "8": 0},
+}
+
 
 @pytest.fixture(scope="session")
 def reference(tmp_path_factory) -> dict[str, list]:
@@ -127,5 +137,30 @@ def check(reference):
 
 
 @pytest.fixture
+def costs_file(tmp_path) -> str:
+    path = tmp_path / "costs.json"
+    path.write_text(json.dumps(COSTS))
+    return str(path)
+
+
+@pytest.fixture
 def script(tmp_path):
     return lambda job, **kwargs: engine_runner.run_script(job, tmp_path, **kwargs)
+
+
+@pytest.fixture
+def with_graphs(monkeypatch) -> dict:
+    """Engine arguments that ask for CUDA graphs; without a GPU these are recorded ones."""
+    if torch.cuda.is_available():
+        return {"enforce_eager": False, "dtype": "bfloat16"}
+    import cpu_graphs
+
+    return cpu_graphs.install(monkeypatch)
+
+
+@pytest.fixture
+def replays(monkeypatch):
+    """What the engines of a test replay of their graphs."""
+    import replays
+
+    return replays.watch(monkeypatch)

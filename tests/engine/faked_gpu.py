@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What vLLM would do on an H100, found out without one: a script for a process of its own.
+"""What vLLM would do on a GPU, found out without one: a script for a process of its own.
 
-    python tests/engine/faked_gpu.py '[{"max_num_seqs": 64, "speculative_config": {...}}, ...]'
+    python tests/engine/faked_gpu.py '[{"gpu": "B200", "max_num_seqs": 64, "speculative_config": {...}}, ...]'
 
 vLLM's CUDA platform with its answers about the device made up and its compiled extensions empty; everything else, from
 the engine's arguments to the lists of CUDA graphs, is the real code. Nothing is computed. Prints JSON, one report for
-each set of arguments: the attention backends, the resolved graph mode, the graphs of the target and of the drafter, and
-for every number of nodes the batch of the graph that each batch gets (None: not a full one), with LoRA also one of
-adapters.
+each set of arguments ("gpu": one of ``GPUS``, else the first): the attention backends, the resolved graph mode, the
+graphs of the target and of the drafter, and for every number of nodes the batch of the graph that each batch gets
+(None: not a full one), with LoRA also one of adapters; or the sentence that refuses them.
 """
 
 import importlib.machinery
@@ -22,6 +22,13 @@ from types import SimpleNamespace
 os.environ.update(HF_HUB_OFFLINE="1", VLLM_NO_USAGE_STATS="1", VLLM_LOGGING_LEVEL="ERROR")
 ROOT = Path(__file__).parents[2]
 TARGET = str(ROOT / "examples/tiny/target")
+# Name, compute capability, GiB.
+GPUS = {
+    "H100": ("NVIDIA H100 80GB HBM3", (9, 0), 80),
+    "H200": ("NVIDIA H200", (9, 0), 141),
+    "A100": ("NVIDIA A100-SXM4-80GB", (8, 0), 80),
+    "B200": ("NVIDIA B200", (10, 0), 180),
+}
 
 
 def fake_extensions() -> None:
@@ -49,26 +56,35 @@ def fake_triton_driver() -> None:
     backends["cpu"] = backends["amd"]
 
 
-def fake_platform() -> None:
+def fake_platform():
+    """Returns the function that puts another GPU into the machine."""
     import vllm.platforms as platforms
     from vllm.platforms.cuda import CudaPlatformBase
     from vllm.platforms.interface import DeviceCapability
 
-    class H100(CudaPlatformBase):
-        get_device_capability = classmethod(lambda cls, device_id=0: DeviceCapability(9, 0))
-        get_device_name = classmethod(lambda cls, device_id=0: "NVIDIA H100 80GB HBM3")
-        get_device_total_memory = classmethod(lambda cls, device_id=0: 80 << 30)
+    class FakedGPU(CudaPlatformBase):
+        get_device_capability = classmethod(lambda cls, device_id=0: DeviceCapability(*cls.faked[1]))
+        get_device_name = classmethod(lambda cls, device_id=0: cls.faked[0])
+        get_device_total_memory = classmethod(lambda cls, device_id=0: cls.faked[2] << 30)
         is_fully_connected = classmethod(lambda cls, ids: True)
         device_count = classmethod(lambda cls: 1)
         log_warnings = classmethod(lambda cls: None)
         get_global_graph_pool = lambda self=None: (0, 0)  # noqa: E731
 
-    platforms._current_platform = H100()
+    def put_in(gpu: str) -> None:
+        from vllm.v1.attention.selector import _cached_get_attn_backend
+
+        FakedGPU.faked = GPUS[gpu]
+        _cached_get_attn_backend.cache_clear()
+
+    FakedGPU.faked = next(iter(GPUS.values()))
+    platforms._current_platform = FakedGPU()
     import vllm._custom_ops as custom_ops
 
     for name in ("scaled_mm_supports_block_fp8", "scaled_mm_supports_fp8", "scaled_mm_supports_fp4"):
         setattr(custom_ops, f"cutlass_{name}", lambda *args, **kwargs: False)
     custom_ops.cutlass_group_gemm_supported = lambda *args, **kwargs: False
+    return put_in
 
 
 @dataclass
@@ -164,16 +180,25 @@ def report(graphs: Graphs) -> dict:
 def main() -> None:
     fake_extensions()
     fake_triton_driver()
-    fake_platform()
+    put_in = fake_platform()
     from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.model_executor.models import registry
     from vllm.plugins import load_general_plugins
     from vllm.usage.usage_lib import UsageContext
 
+    # Not a process for each class of models.
+    registry._run_in_subprocess = lambda function: function()
     load_general_plugins()
     reports = []
     for arguments in json.loads(sys.argv[1]):
+        put_in(arguments.pop("gpu", next(iter(GPUS))))
         engine_args = AsyncEngineArgs(**{"model": TARGET, "dtype": "bfloat16", **arguments})
-        reports.append(report(plan(engine_args.create_engine_config(UsageContext.OPENAI_API_SERVER))))
+        try:
+            config = engine_args.create_engine_config(UsageContext.OPENAI_API_SERVER)
+        except ValueError as error:
+            reports.append({"refused": str(error)})
+        else:
+            reports.append(report(plan(config)))
     print(json.dumps(reports))
 
 

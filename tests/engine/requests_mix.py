@@ -129,3 +129,11 @@ BATCHES = {
 ALL = ("greedy", "sampled", "mixed", "grammars", "edge", "edge", "logprobs", "rare")
 # Greedy, sampled, and the edges twice: the least that every drafter must get right.
 CORE = ("greedy", "sampled", "edge", "edge")
+
+
+def staggered(name: str, lengths: list[int]) -> list[dict]:
+    """A batch of the mix whose requests end one after the other."""
+    requests = BATCHES[name]()
+    for request, length in zip(requests, lengths, strict=True):
+        request["params"]["max_tokens"] = length
+    return requests

@@ -4,12 +4,11 @@
 The costs come from made-up tables, so that the load of a small test moves the choice through every size.
 """
 
-import json
 from types import SimpleNamespace
 
 import pytest
 from engine_runner import HEAD, TARGET, generate, sampling_params
-from requests_mix import BATCHES
+from requests_mix import BATCHES, staggered
 from vllm.engine.arg_utils import EngineArgs
 
 from vllm_kvspec.engine.budget import scheduler as scheduler_module
@@ -17,30 +16,13 @@ from vllm_kvspec.engine.budget import step_costs
 from vllm_kvspec.engine.budget.choice import (
     RECYCLE_PROFILE,
     Acceptance,
-    MeasuredCosts,
     NodeBudget,
     Roofline,
     budget_sizes,
+    read_costs,
 )
 from vllm_kvspec.engine.budget.scheduler import NodesByLoad
 from vllm_kvspec.engine.config import selection
-
-# Plain decoding up to any batch in 1 ms; 4 nodes for up to 5 requests, 8 for up to 2, beyond that ten times the time.
-COSTS = {
-    "steps": {
-        "0": [[1, 0.001], [8, 0.001]],
-        "4": [[1, 0.0011], [5, 0.0011], [6, 0.01], [8, 0.01]],
-        "8": [[1, 0.0012], [2, 0.0012], [3, 0.01], [8, 0.01]],
-    },
-    "context": {"0": 0, "4": 0, "8": 0},
-}
-
-
-@pytest.fixture
-def costs_file(tmp_path) -> str:
-    path = tmp_path / "costs.json"
-    path.write_text(json.dumps(COSTS))
-    return str(path)
 
 
 @pytest.fixture
@@ -59,14 +41,6 @@ def choices(monkeypatch) -> list[tuple[int, int]]:
 
 def core(llm):
     return llm.llm_engine.engine_core.engine_core
-
-
-def staggered(name: str, lengths: list[int]) -> list[dict]:
-    """A batch of the mix whose requests end one after the other."""
-    requests = BATCHES[name]()
-    for request, length in zip(requests, lengths, strict=True):
-        request["params"]["max_tokens"] = length
-    return requests
 
 
 def test_text_is_that_of_plain_decoding_while_the_nodes_change(make_engine, spec, costs_file, choices, reference):
@@ -206,11 +180,11 @@ def test_refusals(keys, arguments, sentence, spec, costs_file):
         configured(spec(8, **keys), **arguments)
 
 
-def test_the_change_is_logged_once_per_number_of_nodes(monkeypatch):
+def test_the_change_is_logged_once_per_number_of_nodes(monkeypatch, costs_file):
     lines = []
     log = SimpleNamespace(info=lambda text, *values: lines.append(text % values), debug=lambda *_: None)
     monkeypatch.setattr(scheduler_module, "logger", log)
-    budget = NodeBudget(MeasuredCosts(**COSTS), Acceptance(), [0, 4, 8])
+    budget = NodeBudget(read_costs(costs_file), Acceptance(), [0, 4, 8])
     lookup = NodesByLoad(SimpleNamespace(running=[]), budget)
     assert [lookup[batch] for batch in (1, 1, 8, 1, 8, 4)] == [8, 8, 0, 8, 0, 4]
     assert [line.split()[1] for line in lines] == ["8", "0", "4"]

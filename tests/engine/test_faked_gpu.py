@@ -39,15 +39,26 @@ ENGINES = {
 }
 # An assistant on its target, whose heads are of two sizes.
 ASSISTANT = "assistant"
+# The engines above are on an H100.
+OTHER_GPUS = ("H200", "A100", "B200")
+FLAGS = {
+    "default": {},
+    "Triton": {"attention_backend": "TRITON_ATTN"},
+    "FP8 cache": {"kv_cache_dtype": "fp8"},
+    "long steps": {"max_num_seqs": 512, "max_num_batched_tokens": 32768, "enable_prefix_caching": False},
+}
+ELSEWHERE = {f"{flags} on {gpu}": {"gpu": gpu, **FLAGS[flags], **kvspec(16)} for gpu in OTHER_GPUS for flags in FLAGS}
+ELSEWHERE |= {f"plain on {gpu}": {"gpu": gpu} for gpu in OTHER_GPUS}
+REFUSED = "FP8 cache on A100"
 AUTO = [name for name in ENGINES if name not in ("fixed", "own schedule", "no graphs") and not name.startswith("plain")]
-AUTO.append(ASSISTANT)
+AUTO += [ASSISTANT, *(name for name in ELSEWHERE if name != REFUSED and not name.startswith("plain"))]
 
 
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory) -> dict[str, dict]:
     target = write_target("small", tmp_path_factory.mktemp("gemma4") / "target")
     assistant = write_assistant(target, Path(target).with_name("assistant"), ordered=True)
-    engines = ENGINES | {ASSISTANT: {"model": target, **kvspec(16, model=assistant)}}
+    engines = ENGINES | ELSEWHERE | {ASSISTANT: {"model": target, **kvspec(16, model=assistant)}}
     done = subprocess.run(
         [sys.executable, str(SCRIPT), json.dumps(list(engines.values()))],
         env={**os.environ, "TRITON_INTERPRET": "0"},
@@ -74,6 +85,23 @@ def test_the_backend_is_our_tree_attention_over_the_gpus_own(reports):
     assert reports["default"]["mode"] == reports["plain"]["mode"] == "FULL_AND_PIECEWISE"
 
 
+@pytest.mark.parametrize("gpu", OTHER_GPUS)
+def test_other_gpus(gpu, reports):
+    """FlashAttention where vLLM has it in front, with an FP8 cache where it can read one; else Triton."""
+    default, plain = reports[f"default on {gpu}"], reports[f"plain on {gpu}"]
+    assert default["stock_attention"] == ("TRITON_ATTN" if gpu == "B200" else "FLASH_ATTN")
+    assert reports[f"Triton on {gpu}"]["stock_attention"] == "TRITON_ATTN"
+    if gpu != "A100":
+        assert reports[f"FP8 cache on {gpu}"]["stock_attention"] == default["stock_attention"]
+    assert default["mode"] == plain["mode"] == "FULL_AND_PIECEWISE"
+    assert len(default["piecewise"]) == len(plain["piecewise"])
+    assert len(default["drafter"]) < 30 and {nodes for _, nodes in default["drafter"]} == {16, 8, 4, 2}
+
+
+def test_an_fp8_cache_is_refused_where_triton_cannot_read_it(reports):
+    assert "--kv-cache-dtype; found fp8" in reports[REFUSED]["refused"]
+
+
 def test_an_assistant_has_graphs_of_every_width(reports):
     report = reports[ASSISTANT]
     # Heads of two sizes: what vLLM gives such a target.
@@ -93,7 +121,14 @@ def test_every_choice_has_a_cuda_graph(name, reports):
                 assert batch <= size <= allowed(batch, int(nodes) + 1), (nodes, batch)
 
 
-@pytest.mark.parametrize(("name", "plain"), [("default", "plain"), ("one sequence", "plain, one sequence")])
+@pytest.mark.parametrize(
+    ("name", "plain"),
+    [
+        ("default", "plain"),
+        ("one sequence", "plain, one sequence"),
+        *((f"default on {gpu}", f"plain on {gpu}") for gpu in OTHER_GPUS),
+    ],
+)
 def test_a_plain_step_is_padded_as_without_kvspec(name, plain, reports):
     assert reports[name]["verified"]["0"] == reports[plain]["verified"]["0"]
 

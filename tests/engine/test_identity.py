@@ -16,7 +16,6 @@ from requests_mix import ALL, BATCHES, CORE
     [
         pytest.param({"num_speculative_tokens": 8}, ALL, id="head-tree"),
         pytest.param({"draft_noise": "none", "num_speculative_tokens": 32, "tree_width": 6}, CORE, id="head-uncoupled"),
-        pytest.param({"graft": False}, (*CORE, "mixed"), id="head-alone"),
         pytest.param({"tree": "chain", "num_speculative_tokens": 6}, CORE, id="head-chain"),
         pytest.param({"tree": [3, 1, 1], "num_speculative_tokens": 9}, (*CORE, "mixed"), id="head-fixed-widths"),
         pytest.param({"drafter": "random", "num_speculative_tokens": 12}, CORE, id="random-trees"),

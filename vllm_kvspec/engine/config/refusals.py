@@ -21,9 +21,10 @@ from vllm_kvspec.config import (
 
 CUDA_WORKER = "vllm_kvspec.engine.worker.KVSpecWorker"
 CPU_WORKER = "vllm_kvspec.engine.cpu.worker.KVSpecCPUWorker"
-CPU_CACHE_DTYPES = ("auto", "float16", "bfloat16")
-# Plain K and V, or with one scale per tensor.
-CACHE_DTYPES = (*CPU_CACHE_DTYPES, "fp8", "fp8_e4m3")
+PLAIN_CACHE_DTYPES = ("auto", "float16", "bfloat16")
+# Also with one scale per tensor: Triton compiles FP8 from this compute capability on.
+CACHE_DTYPES = (*PLAIN_CACHE_DTYPES, "fp8", "fp8_e4m3")
+FP8_CAPABILITY = 89
 
 
 def refuse_engine_options(engine_args: Any, model: ModelConfig, parallel: ParallelConfig) -> None:
@@ -55,7 +56,7 @@ def refuse_engine_options(engine_args: Any, model: ModelConfig, parallel: Parall
             "Serve it without speculation or with another method."
         )
     cache_dtype = resolve_kv_cache_dtype_string(engine_args.kv_cache_dtype, model)
-    cache_dtypes = CPU_CACHE_DTYPES if current_platform.is_cpu() else CACHE_DTYPES
+    cache_dtypes = CACHE_DTYPES if current_platform.has_device_capability(FP8_CAPABILITY) else PLAIN_CACHE_DTYPES
     options = [
         ("--pipeline-parallel-size", parallel.pipeline_parallel_size, parallel.pipeline_parallel_size > 1),
         (
