@@ -235,6 +235,7 @@ def test_next_to_no_acceptance_is_said_once(accepted, warns, head, monkeypatch):
         assert ("the head was trained for other weights" in said[0]) is (head is not None)
 
 
+@pytest.mark.once
 def test_two_ranks_time_the_same_steps(spec, script, reference, same):
     """A rank that timed one batch more than the other would wait for it at start, forever."""
     engine = {

@@ -105,6 +105,7 @@ def with_new_rows(propose):
     return broken
 
 
+@pytest.mark.once
 @pytest.mark.cpu
 @pytest.mark.parametrize(
     ("owner", "name", "broken", "where"),
@@ -128,6 +129,7 @@ def test_planted_defects_are_seen(
     assert {"text": found != expected, "drafts": bool(replays.wrong)} == {"text": False, "drafts": False, where: True}
 
 
+@pytest.mark.once
 @pytest.mark.cpu
 @pytest.mark.parametrize(
     ("owner", "name", "read"),

@@ -65,5 +65,6 @@ def test_as_a_plugin(check, plugin):
     check(plugin)
 
 
+@pytest.mark.once
 def test_by_flag(check, processor):
     check(processor, logits_processors=["follows:Follows"])

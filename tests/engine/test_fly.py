@@ -62,6 +62,7 @@ def broken_gate(scores):
     return lambda *args: scores(*args[:-1], 0.0)
 
 
+@pytest.mark.once
 def test_texts_differ_where_the_rule_allows_it(make_engine, spec, monkeypatch):
     """At temperature 0, and that the judge finds what breaks the rule."""
     batch = greedy()

@@ -112,6 +112,7 @@ def test_text_is_that_of_plain_decoding(serve, check, kind, keys, names):
         assert spec_counters(llm)["accepted_tokens"] > 0
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("kind", KINDS)
 def test_oracle_trees(serve, check, oracle_files, kind):
     """Long accepted paths through side branches: their rows move in every cache, in a shared one once."""
@@ -121,6 +122,7 @@ def test_oracle_trees(serve, check, oracle_files, kind):
     assert counters["accepted_tokens"] / counters["drafts"] > 1.0
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("times", [0, 2])
 def test_oracle_trees_can_fail(serve, plain, oracle_files, monkeypatch, times):
     """Rows that stay where they were, and rows that move once for every layer that reads them."""
@@ -131,6 +133,7 @@ def test_oracle_trees_can_fail(serve, plain, oracle_files, monkeypatch, times):
         assert generate(llm, [requests_mix.greedy_batch()])[0] != plain["small"]["greedy"]
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("kind", ["small", "dense"])
 def test_chunked_prefill_and_preemption(serve, check, kind):
     options = {"max_num_batched_tokens": 48, "max_num_seqs": 5, "enable_chunked_prefill": True}
@@ -140,6 +143,7 @@ def test_chunked_prefill_and_preemption(serve, check, kind):
     assert preemptions > 0
 
 
+@pytest.mark.once
 def test_two_ranks(pairs, plain, spec, script, same):
     """The scored clusters and the KV head are whole on both; what lies in halves gives the same drafts."""
     target, assistant = pairs["small"]
@@ -263,6 +267,7 @@ def learned(pairs, plain, tmp_path_factory) -> tuple[str, str]:
     return target, str(assistant)
 
 
+@pytest.mark.once
 def test_an_assistant_that_has_learned(learned, plain, make_engine, spec, same, tmp_path):
     """As many tokens are accepted of its chain as of vLLM's, of its trees more, and of both as many as `eval`
     foresees."""
@@ -285,6 +290,7 @@ def test_an_assistant_that_has_learned(learned, plain, make_engine, spec, same, 
     assert accepted["16"]["accepted_tokens"] > expected["accepted_tokens"]
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_grafts_on_an_assistants_trees(learned, make_engine, spec, temperature):
     """Beyond the window too: the text is right, and what is accepted of either is what `eval` foresees."""
@@ -423,6 +429,7 @@ def test_a_checkpoint_that_is_no_assistants(pairs, make_engine, spec, tmp_path, 
         pass
 
 
+@pytest.mark.once
 def test_suppressed_tokens_are_not_drafted(pairs, make_engine, spec, tmp_path):
     """generation_config.json lists tokens that an assistant must not propose; here all but ten."""
     target, assistant = pairs["small"]

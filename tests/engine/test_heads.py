@@ -19,13 +19,31 @@ EAGLE3 = EAGLE3_SHAPE | {"context": "hidden", "fusion": "eagle3"}
 @pytest.mark.parametrize(
     ("fields", "names", "graft"),
     [
-        pytest.param(dict(context="kv", drafting="autoregressive"), ("sampled",), False, id="kv-autoregressive"),
+        pytest.param(
+            dict(context="kv", drafting="autoregressive"),
+            ("sampled",),
+            False,
+            id="kv-autoregressive",
+            marks=pytest.mark.once,
+        ),
         pytest.param(dict(drafting="autoregressive"), ("greedy", "mixed"), True, id="hybrid-autoregressive"),
-        pytest.param(dict(transition_rank=0), ("greedy",), False, id="no-bias"),
-        pytest.param(dict(draft_vocab_size=2048), ("sampled",), True, id="draft-vocabulary"),
+        pytest.param(dict(transition_rank=0), ("greedy",), False, id="no-bias", marks=pytest.mark.once),
+        pytest.param(dict(draft_vocab_size=2048), ("sampled",), True, id="draft-vocabulary", marks=pytest.mark.once),
         pytest.param(dict(transition="tied", transition_rank=24), ("greedy", "sampled"), False, id="tied"),
-        pytest.param(dict(transition="tied", draft_vocab_size=2048), ("greedy",), False, id="tied-draft-vocabulary"),
-        pytest.param(dict(transition="tied", drafting="autoregressive"), ("greedy",), False, id="tied-autoregressive"),
+        pytest.param(
+            dict(transition="tied", draft_vocab_size=2048),
+            ("greedy",),
+            False,
+            id="tied-draft-vocabulary",
+            marks=pytest.mark.once,
+        ),
+        pytest.param(
+            dict(transition="tied", drafting="autoregressive"),
+            ("greedy",),
+            False,
+            id="tied-autoregressive",
+            marks=pytest.mark.once,
+        ),
     ],
 )
 def test_served_with_the_text_of_plain_decoding(make_engine, spec, same, reference, tmp_path, fields, names, graft):

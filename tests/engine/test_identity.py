@@ -38,6 +38,7 @@ def test_oracle_trees(oracle_file, make_engine, spec, check):
     assert counters["accepted_tokens"] / counters["drafts"] > 1.0
 
 
+@pytest.mark.once
 def test_triton_kernels(spec, script, reference, same):
     """The same engine on the Triton kernels, interpreted, instead of those compiled for the CPU: the head's and, by its
     grafts, those that draft without one."""

@@ -28,6 +28,7 @@ def without_positions(tree_inputs):
     return broken
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("name", "broken"),
     [

@@ -150,7 +150,14 @@ def checked_positions(monkeypatch):
     monkeypatch.setattr(KVSpecAttention, "forward", checked)
 
 
-@pytest.mark.parametrize("name", TARGETS)
+# What a new vLLM does to an architecture shows in test_models.py as well.
+ON_EVERY_VLLM = ("gemma3_text", "gpt_oss")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=() if name in ON_EVERY_VLLM else pytest.mark.once) for name in TARGETS],
+)
 def test_identity(name, tmp_path, make_engine, script, same, checked_positions):
     target = str(write_target(name, tmp_path / "target"))
     # The bundled head is a hybrid one; here the other context is served as well.

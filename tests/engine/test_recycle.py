@@ -28,9 +28,16 @@ def recycle(spec):
     ("keys", "names"),
     [
         pytest.param({}, ALL, id="tree"),
-        pytest.param({"num_speculative_tokens": 63, "draft_noise": "none"}, CORE, id="uncoupled-63"),
-        pytest.param({"tree": "chain", "num_speculative_tokens": 6}, CORE, id="chain"),
-        pytest.param({"recycle_scope": "request", "num_speculative_tokens": 8}, (*CORE, "mixed"), id="per-request"),
+        pytest.param(
+            {"num_speculative_tokens": 63, "draft_noise": "none"}, CORE, id="uncoupled-63", marks=pytest.mark.once
+        ),
+        pytest.param({"tree": "chain", "num_speculative_tokens": 6}, CORE, id="chain", marks=pytest.mark.once),
+        pytest.param(
+            {"recycle_scope": "request", "num_speculative_tokens": 8},
+            (*CORE, "mixed"),
+            id="per-request",
+            marks=pytest.mark.once,
+        ),
     ],
 )
 def test_every_feature(check, make_engine, recycle, keys, names):
@@ -40,6 +47,7 @@ def test_every_feature(check, make_engine, recycle, keys, names):
     assert counters["accepted_tokens"] / counters["drafts"] > 0.3
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("keys", "gain"),
     [pytest.param({}, 0.2, id="tree"), pytest.param({"tree": "chain", "num_speculative_tokens": 6}, 0.0, id="chain")],
@@ -55,17 +63,20 @@ def test_grafted_onto_a_heads_trees(check, make_engine, spec, keys, gain):
     assert accepted[1] > accepted[0] + gain
 
 
+@pytest.mark.once
 def test_chunked_prefill(check, make_engine, recycle):
     with make_engine(recycle(8), max_num_batched_tokens=48, max_num_seqs=5, enable_chunked_prefill=True) as llm:
         check(llm, (*CORE, "mixed"))
 
 
+@pytest.mark.once
 def test_preemption(check, make_engine, recycle):
     with make_engine(recycle(8), num_gpu_blocks_override=22) as llm:
         check(llm, CORE)
         assert sum(m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions") > 0
 
 
+@pytest.mark.once
 def test_budget(check, make_engine, recycle):
     """Steps are timed at start, nodes follow the load, and what was timed taught nobody anything."""
     with make_engine(recycle(16, budget="auto")) as llm:
@@ -84,6 +95,7 @@ def test_async_scheduling(recycle, script, reference, same):
     assert result["counters"]["accepted_tokens"] > 0
 
 
+@pytest.mark.once
 def test_tensor_parallel(recycle, script, reference, same):
     """Both ranks must grow the same trees, from tables of their own."""
     names = ("greedy", "sampled", "greedy")
@@ -119,6 +131,7 @@ def test_only_requests_of_the_same_salt_learn_from_each_other(make_engine, recyc
         assert accepted_by(llm, "a") == accepted_by(llm, "b")
 
 
+@pytest.mark.once
 def test_tables_of_one_request(make_engine, recycle):
     with make_engine(recycle(8, recycle_scope="request"), enable_prefix_caching=False) as llm:
         first, *others = accepted_by(llm, "a", "a", None, None)
@@ -149,6 +162,7 @@ def test_owners():
     assert owner(None, scope="request") == owner("a", scope="request") == owner()
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("names", [("greedy", "sampled")])
 def test_prefix_caching_over_drafted_blocks(make_engine, recycle, check, names):
     with make_engine(recycle(16)) as llm:

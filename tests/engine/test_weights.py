@@ -111,6 +111,7 @@ def test_sleep_at_level_2(make_engine, spec, same, reference, reduced_head, load
     assert accepted[1] > accepted[0] > 0 if grafts else accepted[0] == accepted[1] > 0
 
 
+@pytest.mark.once
 @pytest.mark.usefixtures("unpacked")
 def test_an_assistant_sleeps_at_level_2(make_engine, spec, loaded, tmp_path):
     """Same text and same drafts, also of the buffers that its checkpoint brings."""
