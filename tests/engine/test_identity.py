@@ -78,11 +78,15 @@ def test_dynamic_number_of_nodes(make_engine, spec, check):
 
 
 def test_prefix_cache_second_turn(make_engine, spec, script, same, reference):
-    """The second turn's prompt ends in blocks that tree decoding wrote."""
+    """The second turn's prompt ends in blocks that tree decoding wrote.
+
+    Its greedy texts keep 0.02 between the two best logits: with a tail from 1700 on, one has a step of 2e-6, which
+    float32 decides by how many rows are computed together.
+    """
     first = requests_mix.greedy_batch()
     turns = [
         {
-            "prompt": request["prompt"] + outputs[0]["token_ids"] + requests_mix.prompt(5, 1700),
+            "prompt": request["prompt"] + outputs[0]["token_ids"] + requests_mix.prompt(5, 1710),
             "params": request["params"],
         }
         for request, outputs in zip(first, reference["greedy"], strict=True)

@@ -56,7 +56,7 @@ def test_what_is_accepted_is_what_was_predicted(pair, make_engine, spec):
     texts, acceptance = predicted(head, target)
     params = {"max_tokens": MAX_TOKENS, "temperature": 0.0, "ignore_eos": True, "detokenize": False}
     batch = [{"prompt": text.input_ids[:PERIOD], "params": params} for text in texts]
-    keys = {"model": str(directory / "head"), "num_speculative_tokens": NUM_NODES}
+    keys = {"model": str(directory / "head"), "num_speculative_tokens": NUM_NODES, "graft": False}
     engine = {"model": str(directory / "target"), "skip_tokenizer_init": True, "max_model_len": 128}
     with make_engine(spec(**keys), **engine) as llm:
         outputs = generate(llm, [batch])[0]

@@ -21,6 +21,7 @@ LAUNCHERS = (
     "kv_compact",
     "tree_inputs",
     "tree_walk",
+    "loose_scores",
     "tree_build",
     "draft_inputs",
     "recycle_update",
