@@ -2,7 +2,7 @@
 """Random traffic for minutes or hours: every token is compared with plain decoding's.
 
     make soak MINUTES=30                           # goes on with the record in benchmarks/results
-    python benchmarks/soak.py --minutes 2 --seed 7 --output /tmp/soak
+    python benchmarks/soak.py --minutes 2 --seed 7 --output soak
     python benchmarks/soak.py --round 12           # this round of the seed once more, nothing recorded
 
 A pool of requests is drawn from the seed, with every sampling parameter that meets speculation (``soak_requests.py``),
