@@ -18,16 +18,23 @@ from vllm_kvspec.engine.verify import attention_cuda
 from vllm_kvspec.engine.verify.attention_cuda import TreeMetadataBuilder
 
 
+ONCE = {"marks": pytest.mark.once}
+
+
 @pytest.mark.cpu
 @pytest.mark.parametrize(
     ("keys", "names", "beside"),
     [
         pytest.param({"graft": False}, ALL, True, id="head"),
-        pytest.param({"graft": False, "model": "token by token"}, ("greedy", "mixed"), False, id="head-token-by-token"),
+        pytest.param(
+            {"graft": False, "model": "token by token"}, ("greedy", "mixed"), False, id="head-token-by-token", **ONCE
+        ),
         pytest.param({"model": None}, (*CORE, "mixed"), True, id="without-a-head"),
         pytest.param({}, ("greedy", "mixed"), False, id="graft"),
-        pytest.param({"tree": [3, 1, 1], "num_speculative_tokens": 9}, ("greedy", "mixed"), False, id="fixed-widths"),
-        pytest.param({"tree": "chain", "num_speculative_tokens": 6}, ("greedy", "sampled"), False, id="chain"),
+        pytest.param(
+            {"tree": [3, 1, 1], "num_speculative_tokens": 9}, ("greedy", "mixed"), False, id="fixed-widths", **ONCE
+        ),
+        pytest.param({"tree": "chain", "num_speculative_tokens": 6}, ("greedy", "sampled"), False, id="chain", **ONCE),
     ],
 )
 def test_text_and_drafts(make_engine, with_graphs, replays, spec, check, tmp_path, keys, names, beside):

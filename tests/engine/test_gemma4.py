@@ -99,11 +99,19 @@ def oracle_files(plain, tmp_path_factory) -> dict[str, str]:
         pytest.param("small", {}, ALL, id="small"),
         pytest.param("dense", {}, ALL, id="dense"),
         pytest.param("experts", {}, (*CORE, "mixed"), id="experts"),
-        pytest.param("small", {"tree": [3, 2, 1], "num_speculative_tokens": 15}, (*CORE, "mixed"), id="small-fixed"),
-        pytest.param("dense", {"num_speculative_tokens": 40, "tree_depth": 9}, CORE, id="deep"),
-        pytest.param("small", {"tree": "chain", "num_speculative_tokens": 5}, CORE, id="small-chain"),
-        pytest.param("dense", {"drafter": "random"}, CORE, id="dense-random"),
-        pytest.param("small", {"drafter": "random"}, CORE, id="small-random"),
+        pytest.param(
+            "small",
+            {"tree": [3, 2, 1], "num_speculative_tokens": 15},
+            (*CORE, "mixed"),
+            id="small-fixed",
+            marks=pytest.mark.once,
+        ),
+        pytest.param("dense", {"num_speculative_tokens": 40, "tree_depth": 9}, CORE, id="deep", marks=pytest.mark.once),
+        pytest.param(
+            "small", {"tree": "chain", "num_speculative_tokens": 5}, CORE, id="small-chain", marks=pytest.mark.once
+        ),
+        pytest.param("dense", {"drafter": "random"}, CORE, id="dense-random", marks=pytest.mark.once),
+        pytest.param("small", {"drafter": "random"}, CORE, id="small-random", marks=pytest.mark.once),
     ],
 )
 def test_text_is_that_of_plain_decoding(serve, check, kind, keys, names):
