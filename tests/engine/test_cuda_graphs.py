@@ -17,7 +17,6 @@ from vllm_kvspec.engine.runner import KVSpecRunnerMixin
 from vllm_kvspec.engine.verify import attention_cuda
 from vllm_kvspec.engine.verify.attention_cuda import TreeMetadataBuilder
 
-
 ONCE = {"marks": pytest.mark.once}
 
 
