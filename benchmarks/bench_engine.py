@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import report
 import torch
@@ -128,14 +128,19 @@ def run(job: dict[str, Any], directory: Path, arguments: argparse.Namespace) -> 
         try:
             done = subprocess.run(command, env=environment, stdout=log, stderr=log, timeout=arguments.timeout)
             if done.returncode:
-                log.seek(0)
-                lines = [line for line in log.read().splitlines() if line.strip()]
-                print("\n".join(lines[-30:]), file=sys.stderr)
-                problem = f"exit status {done.returncode}: {lines[-1] if lines else ''}"
+                problem = last_words(log, done.returncode)
         except subprocess.TimeoutExpired:
             problem = f"stopped after {arguments.timeout:.0f} s"
     rows = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
     return rows, problem
+
+
+def last_words(log: IO[str], status: int) -> str:
+    """How a worker process failed; what it said last goes to standard error."""
+    log.seek(0)
+    lines = [line for line in log.read().splitlines() if line.strip()]
+    print("\n".join(lines[-30:]), file=sys.stderr)
+    return f"exit status {status}: {lines[-1] if lines else ''}"
 
 
 def worker_environment(device: str) -> dict[str, str]:

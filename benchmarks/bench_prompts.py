@@ -20,12 +20,13 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import report
 import torch
-from bench_engine import worker_environment
+from bench_engine import last_words, worker_environment
 
 from vllm_kvspec.eval.statistics import ratio_and_error
 from vllm_kvspec.eval.texts import Text, repeated_share
@@ -169,11 +170,9 @@ class Worker:
         # Whole lines only.
         while len(lines := self.out.read_text().split("\n")[:-1]) < self.answers:
             if self.process.poll() is not None:
-                self.log.seek(0)
-                said = [line for line in self.log.read().splitlines() if line.strip()]
-                print("\n".join(said[-30:]), file=sys.stderr)
-                raise RuntimeError(f"exit status {self.process.returncode}: {said[-1] if said else ''}")
+                raise RuntimeError(last_words(self.log, self.process.returncode))
             if time.monotonic() > end:
+                self.process.kill()
                 raise RuntimeError(f"no answer in {self.timeout:.0f} s")
             time.sleep(0.01)
         return json.loads(lines[-1])
@@ -216,22 +215,22 @@ def measure(
     with contextlib.ExitStack() as stack:
         workers: dict[str, Worker] = {}
 
-        def attempt(method: str, work) -> Any:
+        def attempt(method: str, work: Callable, *given: Any) -> Any:
             try:
-                return work()
+                return work(*given)
             except RuntimeError as problem:
                 print(f"error: {method}: {problem}", file=sys.stderr)
                 workers.pop(method, None)
                 answers[method] = []
 
         for method in methods:
-            start = (job(arguments, method, prompts), scratch / method, arguments.device, arguments.timeout)
-            if worker := attempt(method, lambda: Worker(*start)):  # noqa: B023
+            settings = job(arguments, method, prompts)
+            if worker := attempt(method, Worker, settings, scratch / method, arguments.device, arguments.timeout):
                 workers[method] = worker
                 stack.callback(worker.close)
         for part in parts:
             for method, worker in list(workers.items()):
-                if answer := attempt(method, lambda: worker.run(part)):  # noqa: B023
+                if answer := attempt(method, worker.run, part):
                     answers[method].append(part | answer)
     return answers
 

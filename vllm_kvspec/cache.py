@@ -58,7 +58,7 @@ def engine_writer(target_model: str, dtype: torch.dtype, found: TargetCache, eng
         os.environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"
     defaults = cpu_defaults(target_model, longest, len(found)) | {"max_model_len": longest + 1}
     needed = {
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": _name(dtype),
         "enforce_eager": True,
         "enable_prefix_caching": False,
         "worker_extension_cls": EXTENSION,
@@ -68,8 +68,12 @@ def engine_writer(target_model: str, dtype: torch.dtype, found: TargetCache, eng
     if clash := {key: engine_args[key] for key in needed if engine_args.get(key, needed[key]) != needed[key]}:
         raise ValueError(f"cache sets {', '.join(clash)} itself, found {clash} in engine_args; leave them out.")
     llm = start_engine(target_model, **defaults | engine_args | needed)
-    llm.collective_rpc("start_recording", args=(found.config.target_kv_layer_ids, str(found.dtype).split(".")[1]))
+    llm.collective_rpc("start_recording", args=(found.config.target_kv_layer_ids, _name(found.dtype)))
     return recording_writer(llm)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def recording_writer(llm: Any) -> Writer:
