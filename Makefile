@@ -32,7 +32,7 @@ demo-chat: $(STAMP)
 	test -s $(CHAT)/prompts.jsonl || $(BIN)/python $(CHAT)/prompts.py $(CHAT)/prompts.jsonl --english \
 		--max_characters 1200 --per_category 20
 	$(BIN)/python examples/demo.py --target $(CHAT)/target --draft $(CHAT)/draft --prompts $(CHAT)/prompts.jsonl \
-		--max-tokens 96 --repeats 2
+		--max-tokens 64 --repeats 1
 
 # The models are tiny: a second thread costs more than it gives.
 test: $(STAMP)

@@ -200,12 +200,12 @@ class Server:
                 return Reply(text, token_ids, seconds, delta)
             time.sleep(0.05)
 
-    def tokens_per_second(self, requests: list[Request], max_tokens: int, concurrency: int) -> float:
-        """Of answers in one piece, ``concurrency`` at a time."""
+    def tokens_per_second(self, requests: list[Request], max_tokens: int, concurrency: int, salt: str) -> float:
+        """Of answers in one piece, ``concurrency`` at a time, with nothing kept from requests of another ``salt``."""
         whole = [replace(request, stream=False) for request in requests]
         start = time.perf_counter()
         with ThreadPoolExecutor(concurrency) as pool:
-            answers = list(pool.map(lambda request: send(self.client, request, max_tokens), whole))
+            answers = list(pool.map(lambda request: send(self.client, request, max_tokens, salt), whole))
         return sum(len(token_ids) for _, token_ids in answers) / (time.perf_counter() - start)
 
 
@@ -221,7 +221,7 @@ def parse_metrics(page: str) -> Counter:
     return totals
 
 
-def send(client: OpenAI, request: Request, max_tokens: int) -> tuple[str, list[int]]:
+def send(client: OpenAI, request: Request, max_tokens: int, salt: str = "answers") -> tuple[str, list[int]]:
     """(text, token ids) of the answer through the OpenAI client; streamed pieces are joined."""
     arguments = {
         "model": "target",
@@ -229,8 +229,8 @@ def send(client: OpenAI, request: Request, max_tokens: int) -> tuple[str, list[i
         "temperature": request.temperature,
         "seed": request.seed,
         "stream": request.stream,
-        # A vLLM extension: the ids that the text was decoded from.
-        "extra_body": {"return_token_ids": True},
+        # vLLM's extensions: the ids that the text was decoded from; who shares a prefix cache, and earlier answers.
+        "extra_body": {"return_token_ids": True, "cache_salt": salt},
     }
     if request.messages:
         answer = client.chat.completions.create(messages=request.messages, **arguments)
@@ -331,14 +331,20 @@ def ask_all(name: str, server: Server, requests: list[Request], args) -> list[Re
 
 
 def measure(servers: dict[str, Server], outcomes: dict[str, Outcome], requests: list[Request], args) -> None:
-    """Times at temperature 0, in rounds of all servers in turn, so that a busy moment does not hit the same one."""
+    """Times at temperature 0, in rounds of all servers in turn, so that a busy moment does not hit the same one.
+
+    Every round has a salt of its own: what was drafted from the same questions' answers of the round before would be
+    accepted whole.
+    """
     greedy = [request for request in requests if request.temperature == 0]
     for concurrency in CONCURRENCIES:
-        for number in range(args.repeats + 1):
+        # A batch's first round compiles kernels; one at a time every request has been answered before.
+        warm_up = int(concurrency > 1)
+        for number in range(warm_up + args.repeats):
             for name, server in servers.items():
-                speed = server.tokens_per_second(greedy, args.max_tokens, concurrency)
-                # The first one fills caches.
-                if number:
+                salt = f"{concurrency} at a time, round {number}"
+                speed = server.tokens_per_second(greedy, args.max_tokens, concurrency, salt)
+                if number >= warm_up:
                     outcomes[name].speeds[concurrency].append(speed)
 
 
