@@ -53,8 +53,13 @@ ENGINE_DEFAULTS = {
 
 def make_llm(engine: dict[str, Any]):
     from vllm import LLM
+    from vllm.config import ReasoningConfig
 
-    return LLM(**{**ENGINE_DEFAULTS, **engine})
+    arguments = {**ENGINE_DEFAULTS, **engine}
+    if reasoning := arguments.get("reasoning_config"):
+        # As the command line makes it; beside a reasoning_parser vLLM takes no dictionary.
+        arguments["reasoning_config"] = ReasoningConfig(**reasoning)
+    return LLM(**arguments)
 
 
 def sampling_params(params: dict[str, Any]):
