@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import requests_mix
+import torch
 from engine_runner import PLAIN_ENGINE, generate, run_script, spec_counters
 from requests_mix import ALL, BATCHES, CORE
 from vllm.utils.network_utils import get_open_port
@@ -160,6 +161,7 @@ def test_tensor_parallel(reference, spec, script, same):
 
 
 @pytest.mark.once
+@pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_data_parallel(reference, spec, same, tmp_path):
     """Two ranks, started as torchrun would, that agree on the shape of every step. The second one's requests end early;
     it then goes along with steps of none."""

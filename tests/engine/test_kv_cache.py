@@ -37,7 +37,7 @@ def test_no_layer_of_ours(make_engine, spec):
 
 @pytest.mark.parametrize(
     ("flags", "tolerance"),
-    [({}, TOLERANCE), pytest.param(TWO_DTYPES, 0.05, marks=pytest.mark.once)],
+    [({}, TOLERANCE), pytest.param(TWO_DTYPES, 0.05, marks=[pytest.mark.once, pytest.mark.cpu])],
     ids=["one dtype", "two dtypes"],
 )
 def test_equals_a_plain_forward(reference, oracle_file, make_engine, spec, flags, tolerance):

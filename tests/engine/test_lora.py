@@ -95,6 +95,7 @@ def test_adapters(make_engine, spec, same, answered):
 
 
 @pytest.mark.once
+@pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_two_ranks_with_half_of_each_adapter(spec, script, same, answered):
     batches, expected = answered
     engine = LORA | {"tensor_parallel_size": 2, "fully_sharded_loras": True, "kv_cache_memory_bytes": 32 << 20}
