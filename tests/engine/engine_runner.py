@@ -5,8 +5,9 @@
 
 A job is ``{"engine": {LLM arguments}, "batches": [[request, ...], ...], "async_scheduling": bool}``, or
 ``{"jobs": [job, ...]}``: plain engines, one after another. A request is
-``{"prompt": [token ids], "params": {SamplingParams}}``, with LoRA also ``"adapter": [name, number, directory]``. The
-plain reference always runs as a script: in a process of its own nothing of kvspec's worker can have touched it.
+``{"prompt": [token ids], "params": {SamplingParams}}``, with LoRA also ``"adapter": [name, number, directory]``, with a
+target that hears ``"audio"``. The plain reference always runs as a script: in a process of its own nothing of kvspec's
+worker can have touched it.
 """
 
 import contextlib
@@ -53,8 +54,13 @@ ENGINE_DEFAULTS = {
 
 def make_llm(engine: dict[str, Any]):
     from vllm import LLM
+    from vllm.config import ReasoningConfig
 
-    return LLM(**{**ENGINE_DEFAULTS, **engine})
+    arguments = {**ENGINE_DEFAULTS, **engine}
+    if reasoning := arguments.get("reasoning_config"):
+        # As the command line makes it; beside a reasoning_parser vLLM takes no dictionary.
+        arguments["reasoning_config"] = ReasoningConfig(**reasoning)
+    return LLM(**arguments)
 
 
 def sampling_params(params: dict[str, Any]):
@@ -78,7 +84,7 @@ def generate(llm, batches: list[list[dict]]) -> list[list[list[dict]]]:
         [
             [_sample(sample) for sample in output.outputs]
             for output in llm.generate(
-                [{"prompt_token_ids": request["prompt"]} for request in batch],
+                [engine_prompt(request) for request in batch],
                 [sampling_params(request["params"]) for request in batch],
                 use_tqdm=False,
                 lora_request=adapters(batch),
@@ -86,6 +92,15 @@ def generate(llm, batches: list[list[dict]]) -> list[list[list[dict]]]:
         ]
         for batch in batches
     ]
+
+
+def engine_prompt(request: dict) -> dict[str, Any]:
+    """vLLM's. ``"audio"``: samples at 16 kHz, or embeddings [tokens, hidden size], for the prompt's one audio token."""
+    prompt = {"prompt_token_ids": request["prompt"]}
+    if audio := request.get("audio"):
+        data = torch.tensor(audio)
+        prompt["multi_modal_data"] = {"audio": data[None] if data.ndim == 2 else (data.numpy(), 16000)}
+    return prompt
 
 
 def adapters(batch: list[dict]) -> list | None:

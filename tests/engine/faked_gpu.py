@@ -167,12 +167,11 @@ def report(graphs: Graphs) -> dict:
         if drafter
         else [],
         "verified": {nodes: [verified(batch, nodes) for batch in batches(nodes)] for nodes in sizes},
-        # With all adapters that may be in use at once.
-        "adapted": {
-            nodes: [verified(batch, nodes, config.lora_config.max_loras) for batch in batches(nodes)] for nodes in sizes
-        }
-        if config.lora_config
-        else {},
+        # With 1 adapter, 2, up to all that may be in use at once.
+        "adapted": [
+            {nodes: [verified(batch, nodes, adapters) for batch in batches(nodes)] for nodes in sizes}
+            for adapters in range(1, 1 + (config.lora_config.max_loras if config.lora_config else 0))
+        ],
         "drafted": {nodes: [drafted(batch, nodes) for batch in batches(nodes)] for nodes in sizes if nodes},
     }
 

@@ -22,28 +22,34 @@ ONCE = {"marks": pytest.mark.once}
 
 @pytest.mark.cpu
 @pytest.mark.parametrize(
-    ("keys", "names", "beside"),
+    ("keys", "flags", "names", "beside"),
     [
-        pytest.param({"graft": False}, ALL, True, id="head"),
+        pytest.param({"graft": False}, {}, ALL, True, id="head"),
         pytest.param(
-            {"graft": False, "model": "token by token"}, ("greedy", "mixed"), False, id="head-token-by-token", **ONCE
+            {"graft": False, "model": "token by token"}, {}, ("greedy", "mixed"), False, id="head-token-by-token",
+            **ONCE,
         ),
-        pytest.param({"model": None}, (*CORE, "mixed"), True, id="without-a-head"),
-        pytest.param({}, ("greedy", "mixed"), False, id="graft"),
+        pytest.param({"model": None}, {}, (*CORE, "mixed"), True, id="without-a-head"),
+        pytest.param({}, {"performance_mode": "interactivity"}, ("greedy", "mixed"), False, id="graft"),
         pytest.param(
-            {"tree": [3, 1, 1], "num_speculative_tokens": 9}, ("greedy", "mixed"), False, id="fixed-widths", **ONCE
+            {"tree": [3, 1, 1], "num_speculative_tokens": 9}, {"cudagraph_capture_sizes": [10, 25, 70, 80]},
+            ("greedy", "mixed"), False, id="fixed-widths", **ONCE,
         ),
-        pytest.param({"tree": "chain", "num_speculative_tokens": 6}, ("greedy", "sampled"), False, id="chain", **ONCE),
+        pytest.param(
+            {"tree": "chain", "num_speculative_tokens": 6}, {"max_cudagraph_capture_size": 32}, ("greedy", "sampled"),
+            False, id="chain", **ONCE,
+        ),
     ],
-)
-def test_text_and_drafts(make_engine, with_graphs, replays, spec, check, tmp_path, keys, names, beside):
-    """Also of padded batches, and of chains among trees. ``beside``: an engine without graphs accepts as much."""
+)  # fmt: skip
+def test_text_and_drafts(make_engine, with_graphs, replays, spec, check, tmp_path, keys, flags, names, beside):
+    """Also of padded batches, and of chains among trees. ``flags`` change which graphs there are. ``beside``: an engine
+    without graphs accepts as much."""
     if keys.get("model"):
         keys = keys | {"model": write_head(tmp_path, drafting="autoregressive")}
     keys = {"num_speculative_tokens": 8} | keys
     accepted = []
     for options in (with_graphs, {}) if beside else (with_graphs,):
-        with make_engine(spec(**keys), **options) as llm:
+        with make_engine(spec(**keys), **options, **flags) as llm:
             check(llm, names)
             accepted.append(spec_counters(llm))
     assert accepted[0] == accepted[-1]

@@ -36,6 +36,21 @@ ENGINES = {
     "no head": kvspec(16, model=None),
     # With LoRA vLLM wants room for every sequence's drafts.
     "adapters": {"max_num_seqs": 64, "enable_lora": True, "max_loras": 2, **kvspec(16)},
+    "counted adapters": {
+        "max_num_seqs": 64, "enable_lora": True, "max_loras": 5, "specialize_active_lora": True, **kvspec(16),
+    },
+    # Flags that say which sizes are captured.
+    "own sizes": {"cudagraph_capture_sizes": [1, 3, 20, 40, 90], **kvspec(16)},
+    "few rows": {"max_cudagraph_capture_size": 40, **kvspec(16)},
+    "interactivity": {"performance_mode": "interactivity", **kvspec(16)},
+    "level 3": {"optimization_level": 3, **kvspec(16)},
+    "decode graphs": {"compilation_config": {"cudagraph_mode": "FULL_DECODE_ONLY"}, **kvspec(16)},
+}  # fmt: skip
+# Flags that leave no full graph of the target, so none of the drafter's either.
+WITHOUT_FULL_GRAPHS = {
+    "pieces": {"compilation_config": {"cudagraph_mode": "PIECEWISE"}, **kvspec(16)},
+    "level 1": {"optimization_level": 1, **kvspec(16)},
+    "level 0": {"optimization_level": 0, **kvspec(16)},
 }
 # An assistant on its target, whose heads are of two sizes.
 ASSISTANT = "assistant"
@@ -58,7 +73,7 @@ AUTO += [ASSISTANT, *(name for name in ELSEWHERE if name != REFUSED and not name
 def reports(tmp_path_factory) -> dict[str, dict]:
     target = write_target("small", tmp_path_factory.mktemp("gemma4") / "target")
     assistant = write_assistant(target, Path(target).with_name("assistant"), ordered=True)
-    engines = ENGINES | ELSEWHERE | {ASSISTANT: {"model": target, **kvspec(16, model=assistant)}}
+    engines = ENGINES | WITHOUT_FULL_GRAPHS | ELSEWHERE | {ASSISTANT: {"model": target, **kvspec(16, model=assistant)}}
     done = subprocess.run(
         [sys.executable, str(SCRIPT), json.dumps(list(engines.values()))],
         env={**os.environ, "TRITON_INTERPRET": "0"},
@@ -163,11 +178,40 @@ def test_graphs_are_few(reports):
     assert rows_captured(reports["one sequence"]) == {1: 1, 3: 1, 5: 1, 9: 1, 17: 1}
 
 
-def test_batches_with_adapters_have_the_same_graphs(reports):
-    report = reports["adapters"]
-    assert report["adapted"] == report["verified"]
-    # Without an adapter, and with any number of them.
-    assert {count % 2 for count in Counter(map(tuple, report["full"])).values()} == {0}
+# Without an adapter and with any number of them; without, with 1, 2, up to 4 and more.
+@pytest.mark.parametrize(("name", "cases"), [("adapters", 2), ("counted adapters", 5)])
+def test_batches_with_adapters_have_the_same_graphs(name, cases, reports):
+    report = reports[name]
+    assert len(report["adapted"]) == ENGINES[name]["max_loras"]
+    assert all(graphs == report["verified"] for graphs in report["adapted"])
+    assert set(Counter(map(tuple, report["full"])).values()) == {cases}
+
+
+def test_sizes_that_were_asked_for(reports):
+    """A plain step is padded to one of them, and the largest bounds a step of trees."""
+    sizes = ENGINES["own sizes"]["cudagraph_capture_sizes"]
+    verified = reports["own sizes"]["verified"]
+    assert verified["0"] == [min(size for size in sizes if size >= batch) for batch in range(1, 91)]
+    assert len(verified["16"]) == 90 // 17 and reports["own sizes"]["max_rows"] == 90
+    assert len(reports["few rows"]["verified"]["16"]) == 40 // 17 and reports["few rows"]["max_rows"] == 40
+    assert reports["interactivity"]["verified"]["0"][:33] == [*range(1, 33), 40]
+
+
+@pytest.mark.parametrize("name", ["level 3", "decode graphs"])
+def test_the_same_full_graphs(name, reports):
+    assert all(reports[name][graphs] == reports["default"][graphs] for graphs in ("full", "drafter", "verified"))
+    assert bool(reports[name]["piecewise"]) == (name == "level 3")
+
+
+@pytest.mark.parametrize("name", WITHOUT_FULL_GRAPHS)
+def test_no_full_graphs(name, reports):
+    """Steps of trees run as prompts do, and drafts without a graph."""
+    report = reports[name]
+    assert not report["full"] and not report["drafter"]
+    graphs = {graph for batches in (*report["verified"].values(), *report["drafted"].values()) for graph in batches}
+    # No batch is listed where nothing at all is captured.
+    assert graphs == (set() if name == "level 0" else {None})
+    assert report["piecewise"] == ([] if name == "level 0" else reports["default"]["piecewise"])
 
 
 def test_the_largest_graphs_are_captured_first(reports):

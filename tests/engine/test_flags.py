@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import reasoning_marks
 import requests_mix
 from engine_runner import HEAD, PLAIN_ENGINE, TARGET, generate, sampling_params, spec_counters
 from requests_mix import BATCHES
@@ -169,22 +170,26 @@ def test_the_scheduler_and_the_metrics(make_engine, spec, check, same, reference
     assert 0 <= 1 + sum(n + 1 for n in counted.per_step_accepted) - len(output.outputs[0].token_ids) <= 8
 
 
-THINKING, DONE = "<think>", "</think>"
+THINKING, DONE = reasoning_marks.START, reasoning_marks.END
+ANSWER = r"(yes|no|maybe)( and (yes|no|maybe)){2}"
 SAMPLER = {
     "logprobs_mode": "processed_logprobs",
     "reasoning_config": {"reasoning_start_str": THINKING, "reasoning_end_str": DONE},
+    # Grammars begin where the thinking ends, inside a draft as well.
+    "reasoning_parser": "marks",
     "use_fp64_gumbel": True,
 }
 
 
 def thinking_batch() -> list[dict]:
-    """Requests that must stop thinking after so many tokens, and one that thinks on."""
+    """Requests that must stop thinking after so many tokens, and one that thinks on; then some with a grammar."""
     from transformers import AutoTokenizer
 
     start = AutoTokenizer.from_pretrained(TARGET)(THINKING)["input_ids"]
     batch = []
-    for i, budget in enumerate((0, 5, 11, None)):
-        one = requests_mix.request(20, 300 * i, temperature=0.9 * (i % 2), seed=i)
+    for i, budget in enumerate((0, 5, 11, None, 0, 6, 13)):
+        grammar = {"regex": ANSWER, "ignore_eos": False} if i > 3 else {}
+        one = requests_mix.request(20, 300 * i, temperature=0.9 * (i % 2), seed=i, **grammar)
         one["prompt"] = [*one["prompt"], *start]
         one["params"] |= {} if budget is None else {"thinking_token_budget": budget}
         batch.append(one)
@@ -194,8 +199,11 @@ def thinking_batch() -> list[dict]:
 def test_the_sampler(make_engine, spec, script, same):
     """Flags that change how a token is chosen or reported: plain decoding with them is another reference."""
     batches = [BATCHES["sampled"](), BATCHES["logprobs"](), thinking_batch()]
-    expected = script({"engine": {**PLAIN_ENGINE, **SAMPLER}, "batches": batches})["outputs"]
-    assert [DONE in samples[0]["text"] for samples in expected[2]] == [True, True, True, False]
+    job = {"engine": {**PLAIN_ENGINE, **SAMPLER}, "batches": batches}
+    expected = script(job, script=reasoning_marks.__file__)["outputs"]
+    texts = [samples[0]["text"] for samples in expected[2]]
+    assert [DONE in text for text in texts] == [True, True, True, False, True, True, True]
+    assert all(re.fullmatch(ANSWER, text.partition(DONE)[2]) for text in texts[4:])
     with make_engine(spec(8), **SAMPLER) as llm:
         same(generate(llm, batches), expected)
         assert spec_counters(llm)["accepted_tokens"] > 0

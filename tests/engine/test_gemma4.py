@@ -240,7 +240,8 @@ def test_a_chain_is_the_one_that_vllm_drafts(pairs, serve, tmp_path, kind, is_qu
     target, assistant = pairs[kind]
     target = quantise(target, tmp_path / "int8") if is_quantised else target
     expected, drafts, gaps = vllm_chain(target, assistant, batches, tmp_path), [], []
-    with serve(kind, {"tree": "chain", "num_speculative_tokens": 4}, model=target) as llm:
+    flags = {"quantization": "compressed-tensors"} if is_quantised else {}
+    with serve(kind, {"tree": "chain", "num_speculative_tokens": 4}, model=target, **flags) as llm:
         speculator = speculator_of(llm)
         propose, logits = speculator.propose, speculator.drafter.logits
 

@@ -5,10 +5,14 @@ Each test starts an engine in this process and sends the same requests that the 
 option changes (scheduling, cache pressure, tree shape) must not show in the output.
 """
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import requests_mix
-from engine_runner import PLAIN_ENGINE, generate, spec_counters
+import torch
+from engine_runner import PLAIN_ENGINE, generate, run_script, spec_counters
 from requests_mix import ALL, BATCHES, CORE
+from vllm.utils.network_utils import get_open_port
 
 
 @pytest.mark.parametrize(
@@ -154,3 +158,34 @@ def test_tensor_parallel(reference, spec, script, same):
     result = script(job, multiprocessing=True)
     same(result["outputs"], [reference[name] for name in names])
     assert result["counters"]["accepted_tokens"] > 0
+
+
+@pytest.mark.once
+@pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_data_parallel(reference, spec, same, tmp_path):
+    """Two ranks, started as torchrun would, that agree on the shape of every step. The second one's requests end early;
+    it then goes along with steps of none."""
+    port, names = str(get_open_port()), ("greedy", "logprobs")
+
+    def run(rank: int) -> dict:
+        (tmp_path / str(rank)).mkdir()
+        job = {
+            "engine": {
+                # "auto" becomes "fixed".
+                "speculative_config": spec(8, budget="auto"),
+                "data_parallel_size": 2,
+                "distributed_executor_backend": "external_launcher",
+                "kv_cache_memory_bytes": 32 << 20,
+            },
+            "batches": [BATCHES[names[rank]]()],
+        }
+        launched = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+        return run_script(
+            job, tmp_path / str(rank), environment=launched | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        )
+
+    with ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(run, (0, 1)))
+    for result, name in zip(results, names, strict=True):
+        same(result["outputs"], [reference[name]])
+        assert result["counters"]["accepted_tokens"] > 0

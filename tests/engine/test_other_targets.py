@@ -108,6 +108,14 @@ TARGETS |= {
     "gemma3_text": PER_TYPE | {"head_dim": 32, "query_pre_attn_scalar": 24},
     "olmo3": PER_TYPE | {"num_attention_heads": 3, "num_key_value_heads": 1},
 }
+# Flags that leave a target's text alone, in one more engine.
+FLAGS = {
+    "qwen2": {"model_impl": "transformers"},
+    # No longer than the window, which then is none.
+    "mistral": {"disable_sliding_window": True, "max_model_len": 20},
+    "llama-interleaved": {"disable_hybrid_kv_cache_manager": True},
+    "olmo3": {"prefix_match_unit": 8},
+}
 # In keys and values of the null block. Finite, since a masked row may still be multiplied by a weight of zero.
 POISON = 1e3
 
@@ -177,6 +185,21 @@ def test_identity(name, tmp_path, make_engine, script, same, checked_positions):
     with make_engine(spec, model=target) as llm:
         poison_null_block(llm)
         same(generate(llm, [batch]), expected, "head")
+    if flags := FLAGS.get(name):
+        # Twice: the second time the prompts are cached.
+        with make_engine(spec, model=target, **flags) as llm:
+            poison_null_block(llm)
+            check_what_fits(llm, batch, expected[0], flags.get("max_model_len", 256))
+            check_what_fits(llm, batch, expected[0], flags.get("max_model_len", 256))
+
+
+def check_what_fits(llm, batch: list[dict], expected: list, length: int) -> None:
+    """Prompts shorter than ``length``, and their answers as far as it lets them."""
+    fitting = [i for i, one in enumerate(batch) if len(one["prompt"]) < length]
+    (found,) = generate(llm, [[batch[i] for i in fitting]])
+    for i, samples in zip(fitting, found, strict=True):
+        room = length - len(batch[i]["prompt"])
+        assert samples[0]["token_ids"] == expected[i][0]["token_ids"][:room], i
 
 
 def test_rotary_layers_without_a_kernel(monkeypatch):

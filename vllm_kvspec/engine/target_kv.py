@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from vllm.platforms import current_platform
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, SlidingWindowSpec
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, SlidingWindowSpec, iter_layer_specs
 
 from vllm_kvspec.kernels.reference import kv_base_ptrs
 
@@ -54,13 +54,14 @@ class CacheClass:
 def check_groups(kv_cache_config: KVCacheConfig) -> None:
     """Raise ValueError unless every layer caches plain K and V for full or sliding-window attention."""
     for group in kv_cache_config.kv_cache_groups:
-        spec = group.kv_cache_spec
-        # Their subclasses (latent attention, sinks) cache something else.
-        if type(spec) not in (FullAttentionSpec, SlidingWindowSpec):
-            raise ValueError(
-                "kvspec needs every target layer to cache plain K and V for full or sliding-window attention; found "
-                f"{type(spec).__name__} for {group.layer_names[0]}. Serve this model without kvspec."
-            )
+        # Several where layers with one block table differ in size, as with --kv-cache-dtype-skip-layers.
+        for spec in iter_layer_specs(group.kv_cache_spec):
+            # Their subclasses (latent attention, sinks) cache something else.
+            if type(spec) not in (FullAttentionSpec, SlidingWindowSpec):
+                raise ValueError(
+                    "kvspec needs every target layer to cache plain K and V for full or sliding-window attention; "
+                    f"found {type(spec).__name__} in {group.layer_names[0]}'s group. Serve this model without kvspec."
+                )
 
 
 def layers_by_index(kv_cache_config: KVCacheConfig) -> dict[int, tuple[str, int]]:
