@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from engine_runner import PLAIN_ENGINE, TARGET, generate, quick_engines, run_script, spec_counters
+from engine_runner import PLAIN_ENGINE, TARGET, generate, run_script, spec_counters
 from requests_mix import request
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -154,27 +154,19 @@ ON_EVERY_VLLM = ("gemma3_text", "gpt_oss")
 LENGTHS = ((3, 0.0), (18, 1.0), (45, 0.0), (70, 1.0), (240, 1.0))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def less_waiting():
-    with quick_engines():
-        yield
-
-
 @pytest.fixture(scope="module")
 def batch() -> list[dict]:
     return [request(n, 131 * n % 5000, temperature=t, seed=n) for n, t in LENGTHS]
 
 
 @pytest.fixture(scope="module")
-def plain(request, batch, tmp_path_factory) -> dict[str, tuple[str, list]]:
+def plain(selected, batch, tmp_path_factory) -> dict[str, tuple[str, list]]:
     """Directory and plain vLLM's answers of each target that the selected tests serve, all in one process."""
     root = tmp_path_factory.mktemp("targets")
-    items = [item for item in request.session.items if item.module is request.module]
-    names = [item.callspec.params["name"] for item in items if "plain" in item.fixturenames]
-    targets = [str(write_target(name, root / name)) for name in names]
-    jobs = [{"engine": {"model": target, **PLAIN_ENGINE}, "batches": [batch]} for target in targets]
+    targets = {name: str(write_target(name, root / name)) for name in selected("name")}
+    jobs = [{"engine": {"model": target, **PLAIN_ENGINE}, "batches": [batch]} for target in targets.values()]
     outputs = run_script({"jobs": jobs}, root)["outputs"]
-    return dict(zip(names, zip(targets, outputs, strict=True), strict=True))
+    return dict(zip(targets, zip(targets.values(), outputs, strict=True), strict=True))
 
 
 @pytest.mark.parametrize(
