@@ -28,7 +28,7 @@ ONCE = {"marks": pytest.mark.once}
         pytest.param(
             {"graft": False, "model": "token by token"}, ("greedy", "mixed"), False, id="head-token-by-token", **ONCE
         ),
-        pytest.param({"model": None}, (*CORE, "mixed"), True, id="without-a-head"),
+        pytest.param({"model": None}, (*CORE, "mixed"), True, id="without-a-head", **ONCE),
         pytest.param({}, ("greedy", "mixed"), False, id="graft"),
         pytest.param(
             {"tree": [3, 1, 1], "num_speculative_tokens": 9}, ("greedy", "mixed"), False, id="fixed-widths", **ONCE
