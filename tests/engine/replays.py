@@ -30,11 +30,11 @@ def watch(patch: pytest.MonkeyPatch) -> Replays:
         run_fullgraph(self, graph)
         (replays.drafter if isinstance(self, DrafterGraphs) else replays.target).append(graph)
 
-    def compare(self, *args, **kwargs):
+    def compare(self, input_batch, *args, **kwargs):
         state, count = self.state, len(replays.drafter)
         trees = (state.parent, state.depth, state.ancestor_mask)
         before = [tensor.clone() for tensor in trees]
-        tokens = propose(self, *args, **kwargs).clone()
+        tokens = propose(self, input_batch, *args, **kwargs).clone()
         if len(replays.drafter) == count:
             return tokens
         graph, rows = replays.drafter[-1], self.rows.first(len(tokens))
@@ -42,7 +42,8 @@ def watch(patch: pytest.MonkeyPatch) -> Replays:
         others = torch.ones(len(state.parent), dtype=torch.bool, device=tokens.device)
         others[rows.request] = others[state.padding_request] = False
         right = all(torch.equal(tensor[others], old[others]) for tensor, old in zip(trees, before, strict=True))
-        self.draft(len(tokens), False, self.graphs.nodes[graph.num_reqs])
+        with_chains = bool(self.drafter.parents) and state.any_chain(input_batch.idx_mapping_np)
+        self.draft(len(tokens), with_chains, self.graphs.nodes[graph.num_reqs])
         right &= torch.equal(self.draft_tokens[: len(tokens)], tokens)
         right &= all(torch.equal(tensor[rows.request], one) for tensor, one in zip(trees, drafted, strict=True))
         replays.padded += graph.num_reqs > len(tokens)

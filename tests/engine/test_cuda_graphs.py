@@ -111,23 +111,34 @@ def with_new_rows(propose):
     return broken
 
 
+def with_trees_for_all(dispatch):
+    """A graph for a batch that has chains; graphs draft trees alone."""
+
+    def broken(self, num_reqs, nodes, with_chains):
+        return dispatch(self, num_reqs, nodes, False)
+
+    return broken
+
+
 @pytest.mark.once
 @pytest.mark.cpu
 @pytest.mark.parametrize(
-    ("owner", "name", "broken", "where"),
+    ("owner", "name", "broken", "tree", "where"),
     [
-        (TreeMetadataBuilder, "build", chosen_by_the_batch, "text"),
-        (KVSpecSpeculator, "propose", with_a_switch, "drafts"),
-        (KVSpecRunnerMixin, "prepare_attn", with_new_masks, "text"),
-        (KVSpecSpeculator, "propose", with_new_rows, "drafts"),
+        (TreeMetadataBuilder, "build", chosen_by_the_batch, "auto", "text"),
+        (KVSpecSpeculator, "propose", with_a_switch, "auto", "drafts"),
+        (KVSpecRunnerMixin, "prepare_attn", with_new_masks, "auto", "text"),
+        (KVSpecSpeculator, "propose", with_new_rows, "auto", "drafts"),
+        # Where chains are drafted beside trees, no graph does it.
+        (KVSpecSpeculator, "_dispatch", with_trees_for_all, [3, 1, 1], "drafts"),
     ],
 )
 def test_planted_defects_are_seen(
-    make_engine, with_graphs, replays, spec, reference, monkeypatch, owner, name, broken, where
+    make_engine, with_graphs, replays, spec, reference, monkeypatch, owner, name, broken, tree, where
 ):
     """Eager, such engines write the text of plain decoding."""
     monkeypatch.setattr(owner, name, broken(getattr(owner, name)))
-    with make_engine(spec(9, graft=False), **with_graphs) as llm:
+    with make_engine(spec(9, graft=False, tree=tree), **with_graphs) as llm:
         (found,) = generate(llm, [BATCHES["mixed"]()])
     found, expected = (
         [[sample["token_ids"] for sample in samples] for samples in batch] for batch in (found, reference["mixed"])
