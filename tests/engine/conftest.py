@@ -2,7 +2,6 @@
 """Fixtures of the engine tests: one plain reference for all of them, and kvspec engines in this process."""
 
 import contextlib
-import gc
 import json
 import os
 import sys
@@ -19,6 +18,11 @@ if not torch.cuda.is_available():
     from vllm_kvspec.engine.cpu.kernels import install
 
     install.install()
+
+from vllm.model_executor.models import registry  # noqa: E402
+
+# In a process of its own it would take seconds for every class of models that the machine's cache does not have.
+registry._run_in_subprocess = lambda function: function()
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
@@ -65,21 +69,33 @@ def engine(speculative_config: dict | None, **arguments):
     """An in-process engine, torn down afterwards so that the next one starts clean."""
     from vllm.model_executor.models.transformers.base import Base
 
-    with pytest.MonkeyPatch.context() as patch:
-        # It would change the classes of transformers for the whole process; these engines do not compile anyway.
-        patch.setattr(Base, "_decorate_for_torch_compile", lambda self: None)
-        llm = engine_runner.make_llm({"speculative_config": speculative_config, **arguments})
-    try:
-        yield llm
-    finally:
-        engine_runner.close(llm)
-        del llm
-        gc.collect()
+    with engine_runner.quick_engines():
+        with pytest.MonkeyPatch.context() as patch:
+            # It would change the classes of transformers for the whole process; these engines do not compile anyway.
+            patch.setattr(Base, "_decorate_for_torch_compile", lambda self: None)
+            llm = engine_runner.make_llm({"speculative_config": speculative_config, **arguments})
+        try:
+            yield llm
+        finally:
+            engine_runner.close(llm)
+            del llm
 
 
 @pytest.fixture
 def make_engine():
     return engine
+
+
+@pytest.fixture(scope="module")
+def selected(request):
+    """``selected(name)``: the values of that parameter in the tests of this module that will run."""
+
+    def values(name: str) -> list:
+        items = [item for item in request.session.items if item.module is request.module and hasattr(item, "callspec")]
+        found = [item.callspec.params[name] for item in items if name in item.callspec.params]
+        return [value for i, value in enumerate(found) if value not in found[:i]]
+
+    return values
 
 
 def kvspec(num_speculative_tokens: int = 16, **keys) -> dict:
@@ -141,6 +157,13 @@ def costs_file(tmp_path) -> str:
     path = tmp_path / "costs.json"
     path.write_text(json.dumps(COSTS))
     return str(path)
+
+
+@pytest.fixture
+def asynchronous(monkeypatch) -> dict:
+    """Engine arguments of a scheduler that runs a step ahead of the outputs."""
+    engine_runner.force_async_scheduling(monkeypatch.setattr)
+    return {"async_scheduling": True}
 
 
 @pytest.fixture

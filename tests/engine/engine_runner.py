@@ -16,6 +16,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +134,7 @@ def spec_counters(llm) -> dict[str, float]:
     return found
 
 
-def force_async_scheduling() -> None:
+def force_async_scheduling(replace: Callable = setattr) -> None:
     """vLLM turns it off on CPU; the scheduler itself works there. Must be called before the engine is configured."""
     from vllm.platforms import current_platform
 
@@ -144,7 +145,7 @@ def force_async_scheduling() -> None:
         original(cls, vllm_config)
         vllm_config.scheduler_config.async_scheduling = True
 
-    platform.check_and_update_config = classmethod(check_and_update_config)
+    replace(platform, "check_and_update_config", classmethod(check_and_update_config))
 
 
 def python_path(*more: Path | None) -> str:
@@ -239,7 +240,8 @@ def main() -> None:
     if job.get("async_scheduling"):
         force_async_scheduling()
         job["engine"]["async_scheduling"] = True
-    llm = make_llm(job["engine"])
+    with quick_engines():
+        llm = make_llm(job["engine"])
     result = {"outputs": generate(llm, job["batches"])}
     if job["engine"].get("speculative_config"):
         result["counters"] = spec_counters(llm)

@@ -4,16 +4,17 @@
 
     python tests/engine/mtp_reference.py job.json out.json
 
-A job is ``{"engine": {LLM arguments}, "batches": [...]}``; the result ``{"outputs", "drafts", "counters"}``, with the
-tokens that were drafted after every step, None where none were asked for: from 0.33 on after a step that ends every
-request in it. The target and the assistant run vLLM's code on our attention for the CPU;
-the kernels that prepare drafts and verify them are vLLM's, interpreted.
+The file holds ``{"jobs": [job, ...]}``, one engine each: ``{"engine": {LLM arguments}, "batches": [...]}``. A result is
+``{"outputs", "drafts", "counters"}``, with the tokens that were drafted after every step, None where none were asked
+for: from 0.33 on after a step that ends every request in it. The target and the assistant run vLLM's code on our
+attention for the CPU; the kernels that prepare drafts and verify them are vLLM's, interpreted.
 """
 
 import importlib
 import json
 import os
 import sys
+from functools import cache
 from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "1"
@@ -39,6 +40,7 @@ INTERPRETED = ("spec_decode.target_dependent_ar.speculator", "spec_decode.reject
 DRAFTS: list[list[list[int]] | None] = []
 
 
+@cache
 def interpret_kernels() -> None:
     interpreted_vllm.MODULES += INTERPRETED
     for name in INTERPRETED:
@@ -66,17 +68,24 @@ def recorded(propose):
     return call
 
 
-def main() -> None:
-    job = json.loads(Path(sys.argv[1]).read_text())
-    for speculator in (Gemma4Speculator, EagleSpeculator):
-        speculator.propose = recorded(speculator.propose)
-    PlainV2CPUWorker.load_model = load_model
+def run(job: dict) -> dict:
     llm = engine_runner.make_llm(job["engine"] | engine_runner.ON_CPU)
     # Not those of the passes that warm the engine up.
     DRAFTS.clear()
     outputs = engine_runner.generate(llm, job["batches"])
-    result = {"outputs": outputs, "drafts": DRAFTS, "counters": engine_runner.spec_counters(llm)}
-    Path(sys.argv[2]).write_text(json.dumps(result))
+    counters = engine_runner.spec_counters(llm)
+    engine_runner.close(llm)
+    return {"outputs": outputs, "drafts": list(DRAFTS), "counters": counters}
+
+
+def main() -> None:
+    jobs = json.loads(Path(sys.argv[1]).read_text())["jobs"]
+    for speculator in (Gemma4Speculator, EagleSpeculator):
+        speculator.propose = recorded(speculator.propose)
+    PlainV2CPUWorker.load_model = load_model
+    with engine_runner.quick_engines():
+        results = [run(job) for job in jobs]
+    Path(sys.argv[2]).write_text(json.dumps({"results": results}))
 
 
 if __name__ == "__main__":

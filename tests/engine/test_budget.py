@@ -7,7 +7,7 @@ The costs come from made-up tables, so that the load of a small test moves the c
 from types import SimpleNamespace
 
 import pytest
-from engine_runner import HEAD, TARGET, generate, sampling_params
+from engine_runner import HEAD, TARGET, generate, sampling_params, spec_counters
 from requests_mix import BATCHES, staggered
 from vllm.engine.arg_utils import EngineArgs
 
@@ -76,18 +76,17 @@ def test_text_is_that_of_plain_decoding_while_the_nodes_change(make_engine, spec
     assert acceptance.scale != 1.0
 
 
-def test_asynchronous_scheduling(spec, script, costs_file, reference, same):
-    """The scheduler chooses a step ahead of the outputs, in another process than the test."""
+def test_asynchronous_scheduling(make_engine, asynchronous, spec, costs_file, reference):
+    """The scheduler chooses a step ahead of the outputs."""
     names = ("greedy", "sampled")
     batches = [staggered("greedy", [3, 4, 5, 8, 12, 16, 24, 32]), staggered("sampled", [4, 5, 6, 8, 24, 32])]
-    job = {"engine": {"speculative_config": spec(8, budget_costs=costs_file)}, "batches": batches}
-    result = script({**job, "async_scheduling": True}, multiprocessing=True)
-    assert result["async_scheduling"] is True
-    for name, batch, found in zip(names, batches, result["outputs"], strict=True):
+    with make_engine(spec(8, budget_costs=costs_file), **asynchronous) as llm:
+        assert llm.llm_engine.vllm_config.scheduler_config.async_scheduling
+        outputs, counters = generate(llm, batches), spec_counters(llm)
+    for name, batch, found in zip(names, batches, outputs, strict=True):
         for i, (request, samples) in enumerate(zip(batch, found, strict=True)):
             length = request["params"]["max_tokens"]
             assert samples[0]["token_ids"] == reference[name][i][0]["token_ids"][:length], f"{name} {i}"
-    counters = result["counters"]
     # Some steps drafted 4 nodes, some 8.
     assert 4 < counters["draft_tokens"] / counters["drafts"] < 8
 
@@ -233,15 +232,3 @@ def test_next_to_no_acceptance_is_said_once(accepted, warns, head, monkeypatch):
     if warns:
         assert f"of the first 200 drafts only {accepted} tokens" in said[0]
         assert ("the head was trained for other weights" in said[0]) is (head is not None)
-
-
-@pytest.mark.once
-def test_two_ranks_time_the_same_steps(spec, script, reference, same):
-    """A rank that timed one batch more than the other would wait for it at start, forever."""
-    engine = {
-        "speculative_config": spec(4, budget="auto"),
-        "tensor_parallel_size": 2,
-        "kv_cache_memory_bytes": 32 << 20,
-    }
-    result = script({"engine": engine, "batches": [BATCHES["greedy"]()]}, multiprocessing=True)
-    same(result["outputs"], [reference["greedy"]])

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from engine_runner import TARGET
+from engine_runner import TARGET, quick_engines
 from transformers import AutoModelForCausalLM
 
 from vllm_kvspec.cli import main
@@ -52,10 +52,11 @@ def cache(rows, tmp_path, monkeypatch):
     def fill(directory, **engine_args):
         main(["cache", *flags(rows, directory), "--engine_args", json.dumps(engine_args)])
 
-    yield fill
-    for engine in engines:
-        engine.llm_engine.engine_core.shutdown()
-        cleanup_dist_env_and_memory()
+    with quick_engines():
+        yield fill
+        for engine in engines:
+            engine.llm_engine.engine_core.shutdown()
+            cleanup_dist_env_and_memory()
 
 
 def open_cache(directory, rows, write=None) -> TargetCache:

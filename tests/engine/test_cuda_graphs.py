@@ -29,7 +29,7 @@ ONCE = {"marks": pytest.mark.once}
             {"graft": False, "model": "token by token"}, {}, ("greedy", "mixed"), False, id="head-token-by-token",
             **ONCE,
         ),
-        pytest.param({"model": None}, {}, (*CORE, "mixed"), True, id="without-a-head"),
+        pytest.param({"model": None}, {}, (*CORE, "mixed"), True, id="without-a-head", **ONCE),
         pytest.param({}, {"performance_mode": "interactivity"}, ("greedy", "mixed"), False, id="graft"),
         pytest.param(
             {"tree": [3, 1, 1], "num_speculative_tokens": 9}, {"cudagraph_capture_sizes": [10, 25, 70, 80]},

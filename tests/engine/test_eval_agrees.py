@@ -7,6 +7,7 @@ engine can visit has its whole block inside the text, and no other position is a
 """
 
 import json
+from functools import cache
 
 import pytest
 import torch
@@ -30,6 +31,7 @@ def target() -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(TARGET, dtype=torch.float32).eval()
 
 
+@cache
 def texts_of(target: PreTrainedModel, length: int, temperature: float) -> list[Text]:
     """Six texts of ``length`` tokens after their prompts."""
     tokenizer = AutoTokenizer.from_pretrained(TARGET)

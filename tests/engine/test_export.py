@@ -94,8 +94,9 @@ def test_vllm_drafts_what_was_predicted(exported, target, texts, make_engine, tm
     batches = [[{"prompt": text.input_ids[: text.prompt_length], "params": params}] for text in texts]
     places = [anchors(head, target, text) for text in texts]
     if name == "reduced" and not torch.cuda.is_available():
-        job = {"engine": engine, "batches": batches}
-        found = run_script(job, tmp_path, path=ROOT, script=str(Path(__file__).with_name("mtp_reference.py")))
+        job = {"jobs": [{"engine": engine, "batches": batches}]}
+        script = str(Path(__file__).with_name("mtp_reference.py"))
+        (found,) = run_script(job, tmp_path, path=ROOT, script=script)["results"]
         outputs, counters, compare = found["outputs"], found["counters"], compare_drafts
         steps = iter(found["drafts"])
         # It drafts, or would, once more after a text's last token.

@@ -152,14 +152,15 @@ def test_chunked_prefill_and_preemption(serve, check, kind):
 
 
 @pytest.mark.once
-def test_two_ranks(pairs, plain, spec, script, same):
+def test_two_ranks(serve, check):
     """The scored clusters and the KV head are whole on both; what lies in halves gives the same drafts."""
-    target, assistant = pairs["small"]
-    engine = {"model": target, "speculative_config": spec(12, model=assistant), "kv_cache_memory_bytes": 32 << 20}
-    jobs = [{"engine": engine | {"tensor_parallel_size": n}, "batches": [BATCHES["sampled"]()]} for n in (1, 2)]
-    one, two = (script(job, multiprocessing=True) for job in jobs)
-    same(two["outputs"], [plain["small"]["sampled"]])
-    assert two["counters"] == one["counters"] and two["counters"]["accepted_tokens"] > 0
+    counters = []
+    for ranks in (1, 2):
+        options = {"tensor_parallel_size": ranks, "kv_cache_memory_bytes": 32 << 20}
+        with serve("small", {"num_speculative_tokens": 12}, **options) as llm:
+            check(llm, "small", ("sampled",))
+            counters.append(spec_counters(llm))
+    assert counters[0] == counters[1] and counters[0]["accepted_tokens"] > 0
 
 
 @torch.no_grad()
@@ -226,22 +227,42 @@ def speculator_of(llm):
     return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner.speculator
 
 
-def vllm_chain(target: str, assistant: str, batches: list, directory: Path) -> dict:
-    """What vLLM's own ``mtp`` drafts and answers, four tokens a step (``mtp_reference.py``)."""
-    mtp = {"method": "mtp", "model": assistant, "num_speculative_tokens": 4}
-    job = {"engine": {"model": target, "speculative_config": mtp}, "batches": batches}
-    return run_script(job, directory, path=ROOT, script=str(HERE / "mtp_reference.py"))
+def vllm_chains(pairs: list[tuple[str, str]], directory: Path) -> list[dict]:
+    """What vLLM's own ``mtp`` drafts and answers, four tokens a step (``mtp_reference.py``), pair by pair."""
+    mtp, batches = {"method": "mtp", "num_speculative_tokens": 4}, [requests_mix.greedy_batch()]
+    jobs = [
+        {"engine": {"model": target, "speculative_config": mtp | {"model": assistant}}, "batches": batches}
+        for target, assistant in pairs
+    ]
+    return run_script({"jobs": jobs}, directory, path=ROOT, script=str(HERE / "mtp_reference.py"))["results"]
 
 
-@pytest.mark.parametrize(("kind", "is_quantised"), [*((kind, False) for kind in KINDS), ("dense", True)])
-def test_a_chain_is_the_one_that_vllm_drafts(pairs, serve, tmp_path, kind, is_quantised):
+@pytest.fixture(scope="module")
+def chains(pairs, selected, tmp_path_factory) -> dict[str, tuple[str, dict]]:
+    """Target and vLLM's chains of each chosen pair, all in one process."""
+    root = tmp_path_factory.mktemp("chains")
+    targets = {
+        name: pairs[name][0] if name in pairs else quantise(pairs["dense"][0], root / name) for name in selected("pair")
+    }
+    found = vllm_chains([(target, pairs[name.split()[0]][1]) for name, target in targets.items()], root)
+    return dict(zip(targets, zip(targets.values(), found, strict=True), strict=True))
+
+
+@pytest.mark.parametrize(
+    "pair",
+    [
+        "small",
+        pytest.param("dense", marks=pytest.mark.once),
+        pytest.param("experts", marks=pytest.mark.once),
+        "dense int8",
+    ],
+)
+def test_a_chain_is_the_one_that_vllm_drafts(chains, serve, pair):
     """Every drafted token of every step, with vLLM's own speculator and model on the same attention."""
-    batches = [requests_mix.greedy_batch()]
-    target, assistant = pairs[kind]
-    target = quantise(target, tmp_path / "int8") if is_quantised else target
-    expected, drafts, gaps = vllm_chain(target, assistant, batches, tmp_path), [], []
-    flags = {"quantization": "compressed-tensors"} if is_quantised else {}
-    with serve(kind, {"tree": "chain", "num_speculative_tokens": 4}, model=target, **flags) as llm:
+    target, expected = chains[pair]
+    batches, drafts, gaps = [requests_mix.greedy_batch()], [], []
+    flags = {"quantization": "compressed-tensors"} if pair.endswith("int8") else {}
+    with serve(pair.split()[0], {"tree": "chain", "num_speculative_tokens": 4}, model=target, **flags) as llm:
         speculator = speculator_of(llm)
         propose, logits = speculator.propose, speculator.drafter.logits
 
@@ -282,7 +303,7 @@ def test_an_assistant_that_has_learned(learned, plain, make_engine, spec, same, 
     foresees."""
     target, assistant = learned
     batches, answers = [requests_mix.greedy_batch()], [plain["dense"]["greedy"]]
-    expected = vllm_chain(target, assistant, batches, tmp_path)["counters"]
+    expected = vllm_chains([learned], tmp_path)[0]["counters"]
     # Every draft of 32 tokens' decoding lies inside.
     head, texts = texts_for_eval(*learned, depth=4, length=32 + 4 - 1, temperature=0.0)
     foreseen, accepted = evaluate(head, head.target[0], texts, [16])[0], {}

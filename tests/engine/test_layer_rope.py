@@ -21,7 +21,7 @@ def layer(request) -> int:
     return request.param
 
 
-@pytest.fixture(scope="module", params=["block", "autoregressive"])
+@pytest.fixture(scope="module", params=["block", pytest.param("autoregressive", marks=pytest.mark.once)])
 def pair(layer, request, tmp_path_factory):
     """(directory, target, head): ``layer`` of the target copies, and the head, trained for it, reads that layer."""
     config = Gemma3TextConfig(

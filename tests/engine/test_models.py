@@ -41,11 +41,10 @@ def less_waiting():
 
 
 @pytest.fixture(scope="module")
-def targets(request, tmp_path_factory) -> dict:
+def targets(selected, tmp_path_factory) -> dict:
     """Directories of the targets that the selected tests serve."""
     root = tmp_path_factory.mktemp("targets")
-    cases = [item.callspec.params["case"] for item in request.session.items if item.module is request.module]
-    return {case.name: write_target(case, root / case.name) for case in cases if case in SERVED}
+    return {case.name: write_target(case, root / case.name) for case in selected("case") if case in SERVED}
 
 
 @pytest.fixture(scope="module")

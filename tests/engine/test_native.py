@@ -18,15 +18,14 @@ SCRIPT = """
 import json, os, sys
 import engine_runner
 
-if sys.argv[1] == "after-kvspec":
-    spec = {"method": "kvspec", "model": engine_runner.HEAD, "num_speculative_tokens": 4, "budget": "fixed"}
-    first = engine_runner.make_llm({"speculative_config": spec})
-    engine_runner.generate(first, [json.loads(sys.argv[2])])
-    first.llm_engine.engine_core.shutdown()
-    del first
-    from vllm.distributed import cleanup_dist_env_and_memory
-    cleanup_dist_env_and_memory()
-llm = engine_runner.make_llm({"block_size": 32})
+with engine_runner.quick_engines():
+    if sys.argv[1] == "after-kvspec":
+        spec = {"method": "kvspec", "model": engine_runner.HEAD, "num_speculative_tokens": 4, "budget": "fixed"}
+        first = engine_runner.make_llm({"speculative_config": spec})
+        engine_runner.generate(first, [json.loads(sys.argv[2])])
+        engine_runner.close(first)
+        del first
+    llm = engine_runner.make_llm({"block_size": 32})
 outputs = engine_runner.generate(llm, [json.loads(sys.argv[2])])
 runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
 from vllm.engine.arg_utils import EngineArgs
@@ -57,7 +56,6 @@ def run(mode: str = "plain", **environment: str) -> dict:
 @pytest.mark.parametrize(
     ("mode", "environment", "has_plugin"),
     [
-        pytest.param("plain", {"TRITON_INTERPRET": "0"}, True, id="plugin"),
         pytest.param("plain", {"TRITON_INTERPRET": "1"}, True, id="interpreter"),
         pytest.param("plain", {"VLLM_PLUGINS": "", "TRITON_INTERPRET": "0"}, False, id="no-plugin"),
         pytest.param("after-kvspec", {"TRITON_INTERPRET": "0"}, True, id="after-kvspec"),

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from engine_runner import PLAIN_ENGINE, TARGET, generate, spec_counters
+from engine_runner import PLAIN_ENGINE, TARGET, generate, run_script, spec_counters
 from requests_mix import request
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -136,10 +136,9 @@ def write_target(name: str, directory: Path) -> Path:
     return directory
 
 
-def poison_null_block(llm) -> None:
+def poison_null_block(runner) -> None:
     """Block 0 is nobody's. Block tables name it where a sliding window has passed (from 0.33 on in every step, in 0.32
     after a prefix hit), and nothing may read it: neither verification, nor the compaction, nor the head."""
-    runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
     for layers in runner.cache_classes:
         for cache in layers.kv_caches:
             cache[0] = POISON
@@ -160,30 +159,44 @@ def checked_positions(monkeypatch):
 
 # What a new vLLM does to an architecture shows in test_models.py as well.
 ON_EVERY_VLLM = ("gemma3_text", "gpt_oss")
+LENGTHS = ((3, 0.0), (18, 1.0), (45, 0.0), (70, 1.0), (240, 1.0))
+
+
+@pytest.fixture(scope="module")
+def batch() -> list[dict]:
+    return [request(n, 131 * n % 5000, temperature=t, seed=n) for n, t in LENGTHS]
+
+
+@pytest.fixture(scope="module")
+def plain(selected, batch, tmp_path_factory) -> dict[str, tuple[str, list]]:
+    """Directory and plain vLLM's answers of each target that the selected tests serve, all in one process."""
+    root = tmp_path_factory.mktemp("targets")
+    targets = {name: str(write_target(name, root / name)) for name in selected("name")}
+    jobs = [{"engine": {"model": target, **PLAIN_ENGINE}, "batches": [batch]} for target in targets.values()]
+    outputs = run_script({"jobs": jobs}, root)["outputs"]
+    return dict(zip(targets, zip(targets.values(), outputs, strict=True), strict=True))
 
 
 @pytest.mark.parametrize(
     "name",
     [pytest.param(name, marks=() if name in ON_EVERY_VLLM else pytest.mark.once) for name in TARGETS],
 )
-def test_identity(name, tmp_path, make_engine, script, same, checked_positions):
-    target = str(write_target(name, tmp_path / "target"))
+def test_identity(name, batch, plain, tmp_path, make_engine, same, checked_positions):
+    target, expected = plain[name]
     # The bundled head is a hybrid one; here the other context is served as well.
     context = "kv" if name.startswith("llama") else "hybrid"
     head = str(write_untrained_head(target, str(tmp_path / "head"), dtype=torch.float32, context=context))
-    lengths = ((3, 0.0), (18, 1.0), (45, 0.0), (70, 1.0), (240, 1.0))
-    batch = [request(n, 131 * n % 5000, temperature=t, seed=n) for n, t in lengths]
-    expected = script({"engine": {"model": target, **PLAIN_ENGINE}, "batches": [batch]})["outputs"]
     sequences = [one["prompt"] + samples[0]["token_ids"] for one, samples in zip(batch, expected[0], strict=True)]
     (tmp_path / "sequences.json").write_text(json.dumps(sequences))
-    spec = {"method": "kvspec", "model": head, "num_speculative_tokens": 12, "budget": "fixed"}
     oracle = {"drafter": "oracle", "oracle_file": str(tmp_path / "sequences.json")}
-    with make_engine({**spec, **oracle}, model=target) as llm:
-        poison_null_block(llm)
+    spec = {"method": "kvspec", "model": head, "num_speculative_tokens": 12, "budget": "fixed"}
+    with make_engine(spec | oracle, model=target) as llm:
+        runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+        poison_null_block(runner)
         same(generate(llm, [batch]), expected, "oracle")
         assert spec_counters(llm)["accepted_tokens"] > 0
-    with make_engine(spec, model=target) as llm:
-        poison_null_block(llm)
+        # From now on the head drafts, on the same engine.
+        runner.speculator.test_drafter = None
         same(generate(llm, [batch]), expected, "head")
     if flags := FLAGS.get(name):
         # Twice: the second time the prompts are cached.

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from engine_runner import TARGET
+from engine_runner import TARGET, quick_engines
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from vllm_kvspec import prepare as prepare_module
@@ -79,7 +79,8 @@ def prepare(tmp_path, monkeypatch):
             shut_down()
         return output
 
-    return run
+    with quick_engines():
+        yield run
 
 
 def test_rows_are_the_targets_own_and_survive_an_interruption(prepare):

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 import requests_mix
-from engine_runner import generate, spec_counters
-from requests_mix import ALL, BATCHES, CORE
+from engine_runner import spec_counters
+from requests_mix import ALL, CORE
 from vllm import SamplingParams
 
 from vllm_kvspec.engine.draft.recycle import SHARED, owner_of
@@ -32,12 +32,6 @@ def recycle(spec):
             {"num_speculative_tokens": 63, "draft_noise": "none"}, CORE, id="uncoupled-63", marks=pytest.mark.once
         ),
         pytest.param({"tree": "chain", "num_speculative_tokens": 6}, CORE, id="chain", marks=pytest.mark.once),
-        pytest.param(
-            {"recycle_scope": "request", "num_speculative_tokens": 8},
-            (*CORE, "mixed"),
-            id="per-request",
-            marks=pytest.mark.once,
-        ),
     ],
 )
 def test_every_feature(check, make_engine, recycle, keys, names):
@@ -64,15 +58,10 @@ def test_grafted_onto_a_heads_trees(check, make_engine, spec, keys, gain):
 
 
 @pytest.mark.once
-def test_chunked_prefill(check, make_engine, recycle):
-    with make_engine(recycle(8), max_num_batched_tokens=48, max_num_seqs=5, enable_chunked_prefill=True) as llm:
+def test_chunked_prefill_and_preemption(check, make_engine, recycle):
+    options = {"max_num_batched_tokens": 48, "max_num_seqs": 5, "enable_chunked_prefill": True}
+    with make_engine(recycle(8), num_gpu_blocks_override=22, **options) as llm:
         check(llm, (*CORE, "mixed"))
-
-
-@pytest.mark.once
-def test_preemption(check, make_engine, recycle):
-    with make_engine(recycle(8), num_gpu_blocks_override=22) as llm:
-        check(llm, CORE)
         assert sum(m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions") > 0
 
 
@@ -86,26 +75,11 @@ def test_budget(check, make_engine, recycle):
         check(llm, CORE)
 
 
-def test_async_scheduling(recycle, script, reference, same):
-    batches = [BATCHES[name]() for name in CORE]
-    job = {"engine": {"speculative_config": recycle(8)}, "batches": batches, "async_scheduling": True}
-    result = script(job, multiprocessing=True)
-    assert result["async_scheduling"] is True
-    same(result["outputs"], [reference[name] for name in CORE])
-    assert result["counters"]["accepted_tokens"] > 0
-
-
-@pytest.mark.once
-def test_tensor_parallel(recycle, script, reference, same):
-    """Both ranks must grow the same trees, from tables of their own."""
-    names = ("greedy", "sampled", "greedy")
-    job = {
-        "engine": {"speculative_config": recycle(8), "tensor_parallel_size": 2, "kv_cache_memory_bytes": 32 << 20},
-        "batches": [BATCHES[name]() for name in names],
-    }
-    result = script(job, multiprocessing=True)
-    same(result["outputs"], [reference[name] for name in names])
-    assert result["counters"]["accepted_tokens"] > 0
+def test_async_scheduling(make_engine, asynchronous, recycle, check):
+    with make_engine(recycle(8), **asynchronous) as llm:
+        assert llm.llm_engine.vllm_config.scheduler_config.async_scheduling
+        check(llm, CORE)
+        assert spec_counters(llm)["accepted_tokens"] > 0
 
 
 def accepted_by(llm, *salts: str | None) -> list[float]:
@@ -132,10 +106,11 @@ def test_only_requests_of_the_same_salt_learn_from_each_other(make_engine, recyc
 
 
 @pytest.mark.once
-def test_tables_of_one_request(make_engine, recycle):
+def test_tables_of_one_request(check, make_engine, recycle):
     with make_engine(recycle(8, recycle_scope="request"), enable_prefix_caching=False) as llm:
         first, *others = accepted_by(llm, "a", "a", None, None)
-    assert others == [first] * 3
+        assert first > 0 and others == [first] * 3
+        check(llm, (*CORE, "mixed"))
 
 
 def test_salts_come_from_our_scheduler_or_not_at_all(make_engine, recycle):
@@ -160,16 +135,3 @@ def test_owners():
     assert owner(None, adapter=1) == owner(None, "r2", adapter=1)
     assert len({owner(), owner(name="r2"), owner("a", scope="request"), owner("r1"), SHARED}) == 4
     assert owner(None, scope="request") == owner("a", scope="request") == owner()
-
-
-@pytest.mark.once
-@pytest.mark.parametrize("names", [("greedy", "sampled")])
-def test_prefix_caching_over_drafted_blocks(make_engine, recycle, check, names):
-    with make_engine(recycle(16)) as llm:
-        check(llm, names * 2)
-        assert sum(m.value for m in llm.get_metrics() if m.name == "vllm:prefix_cache_hits") > 0
-        before = spec_counters(llm)
-        generate(llm, [BATCHES["greedy"]()])
-        after = spec_counters(llm)
-    # By now the greedy texts are known.
-    assert (after["accepted_tokens"] - before["accepted_tokens"]) / (after["drafts"] - before["drafts"]) > 1.5
