@@ -187,7 +187,7 @@ def thinking_batch() -> list[dict]:
 
     start = AutoTokenizer.from_pretrained(TARGET)(THINKING)["input_ids"]
     batch = []
-    for i, budget in enumerate((0, 5, 11, None, 0, 6, 13)):
+    for i, budget in enumerate((0, 5, 11, None, 0, 6, 8)):
         grammar = {"regex": ANSWER, "ignore_eos": False} if i > 3 else {}
         one = requests_mix.request(20, 300 * i, temperature=0.9 * (i % 2), seed=i, **grammar)
         one["prompt"] = [*one["prompt"], *start]
