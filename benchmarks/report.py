@@ -44,11 +44,11 @@ def write(output: Path, title: str, found: dict[str, Any], rows: list[dict[str, 
     """Write ``output``.json and ``output``.md; every row is a dict, columns in the order of their first appearance."""
     output.parent.mkdir(parents=True, exist_ok=True)
     record = {"title": title, "conditions": found, "notes": notes, "rows": rows}
-    _replace(output.with_suffix(".json"), json.dumps(record, indent=1) + "\n")
+    _replace(output.with_name(f"{output.name}.json"), json.dumps(record, indent=1) + "\n")
     lines = [f"# {title}", ""]
     lines += [f"- {key}: {value}" for key, value in found.items() if value is not None]
     lines += ["", *notes, "", table(rows), ""]
-    _replace(output.with_suffix(".md"), "\n".join(lines))
+    _replace(output.with_name(f"{output.name}.md"), "\n".join(lines))
 
 
 def _replace(path: Path, text: str) -> None:

@@ -257,7 +257,7 @@ class Record:
         self.output, self.settings = output, settings
         self.details = output.with_name(f"{output.name}-differences.json")
         self.rows: list[dict[str, Any]] = []
-        if (path := output.with_suffix(".json")).exists():
+        if (path := output.with_name(f"{output.name}.json")).exists():
             record = json.loads(path.read_text())
             self.rows = record["rows"]
             found = {key: record["conditions"].get(key) for key in settings}
