@@ -189,6 +189,11 @@ def _kernels_in_use() -> str | None:
     return ops and ("triton" if ops.USE_TRITON else "torch")
 
 
+def model_runner(llm):
+    """The model runner of an in-process engine."""
+    return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+
+
 def close(llm) -> None:
     """Tear an in-process engine down, so that the next one starts clean. The caller drops its own references."""
     from vllm.distributed import cleanup_dist_env_and_memory

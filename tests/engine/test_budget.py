@@ -7,7 +7,7 @@ The costs come from made-up tables, so that the load of a small test moves the c
 from types import SimpleNamespace
 
 import pytest
-from engine_runner import HEAD, TARGET, generate, sampling_params, spec_counters
+from engine_runner import HEAD, TARGET, generate, model_runner, sampling_params, spec_counters
 from requests_mix import BATCHES, staggered
 from vllm.engine.arg_utils import EngineArgs
 
@@ -96,7 +96,7 @@ def test_steps_are_timed_and_the_scheduler_gets_the_table(make_engine, spec, tmp
     for name, value in {"BATCHES": (1, 3), "TIMED_STEPS": 1, "LONG_CONTEXT": 64, "LONG_CONTEXT_BATCH": 1}.items():
         monkeypatch.setattr(step_costs, name, value)
     with make_engine(spec(4, budget="auto")) as llm:
-        runner = core(llm).model_executor.driver_worker.worker.model_runner
+        runner = model_runner(llm)
         assert runner.req_states.req_id_to_index == {}
         guessed = core(llm).scheduler.budget.costs
         found = generate(llm, [BATCHES["greedy"]()])

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from engine_runner import TARGET, quick_engines
+from engine_runner import TARGET, close, quick_engines
 from transformers import AutoModelForCausalLM
 
 from vllm_kvspec.cli import main
@@ -38,7 +38,6 @@ def flags(rows, directory) -> list[str]:
 def cache(rows, tmp_path, monkeypatch):
     """The command; engines are shut down at the end."""
     from vllm import LLM
-    from vllm.distributed import cleanup_dist_env_and_memory
 
     engines = []
 
@@ -55,8 +54,7 @@ def cache(rows, tmp_path, monkeypatch):
     with quick_engines():
         yield fill
         for engine in engines:
-            engine.llm_engine.engine_core.shutdown()
-            cleanup_dist_env_and_memory()
+            close(engine)
 
 
 def open_cache(directory, rows, write=None) -> TargetCache:

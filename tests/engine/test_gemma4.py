@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import requests_mix
 import torch
-from engine_runner import PLAIN_ENGINE, ROOT, generate, quick_engines, run_script, spec_counters
+from engine_runner import PLAIN_ENGINE, ROOT, generate, model_runner, quick_engines, run_script, spec_counters
 from gemma4_pairs import KINDS, quantise, teach, write_assistant, write_target, write_with_images
 from requests_mix import ALL, BATCHES, CORE
 from safetensors.torch import load_file, save_file
@@ -224,7 +224,7 @@ def test_the_text_of_a_model_with_images(pairs, serve, check, tmp_path, monkeypa
 
 
 def speculator_of(llm):
-    return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner.speculator
+    return model_runner(llm).speculator
 
 
 def vllm_chains(pairs: list[tuple[str, str]], directory: Path) -> list[dict]:

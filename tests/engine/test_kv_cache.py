@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import requests_mix
 import torch
-from engine_runner import TARGET, generate
+from engine_runner import TARGET, generate, model_runner
 from transformers import AutoModelForCausalLM
 from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend, TritonAttentionMetadataBuilder
 
@@ -19,10 +19,6 @@ from vllm_kvspec.engine.verify.attention_cpu import CPUTreeMetadataBuilder
 TOLERANCE = 2e-4
 # One layer as the model is, the others half as wide; vLLM's own attention on a CPU misreads such a cache.
 TWO_DTYPES = {"kv_cache_dtype": "bfloat16", "kv_cache_dtype_skip_layers": ["1"]}
-
-
-def model_runner(llm):
-    return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
 
 
 def test_no_layer_of_ours(make_engine, spec):

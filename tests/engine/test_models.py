@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 import torch
 from architectures import CASES, Case
-from engine_runner import HEAD, PLAIN_ENGINE, generate, quick_engines, run_script, spec_counters
+from engine_runner import HEAD, PLAIN_ENGINE, generate, model_runner, quick_engines, run_script, spec_counters
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from vllm_kvspec.models import attention, draft_head
@@ -91,7 +91,7 @@ def test_text_is_that_of_plain_decoding_and_the_head_is_its_definition(
     with make_engine(spec(num_speculative_tokens=12, **keys), model=str(directory), **ENGINE) as llm:
         same(generate(llm, BATCHES), expected, "oracle")
         assert spec_counters(llm)["accepted_tokens"] > 0
-        speculator = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner.speculator
+        speculator = model_runner(llm).speculator
         # From now on the head drafts, on the same engine.
         speculator.test_drafter = None
         same(generate(llm, BATCHES[:1]), expected[:1], "head")

@@ -27,7 +27,7 @@ with engine_runner.quick_engines():
         del first
     llm = engine_runner.make_llm({"block_size": 32})
 outputs = engine_runner.generate(llm, [json.loads(sys.argv[2])])
-runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+runner = engine_runner.model_runner(llm)
 from vllm.engine.arg_utils import EngineArgs
 print("FOUND" + json.dumps({
     "tokens": [samples[0]["token_ids"] for samples in outputs[0]],

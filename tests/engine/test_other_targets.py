@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from engine_runner import PLAIN_ENGINE, TARGET, generate, run_script, spec_counters
+from engine_runner import PLAIN_ENGINE, TARGET, generate, model_runner, run_script, spec_counters
 from requests_mix import request
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -191,7 +191,7 @@ def test_identity(name, batch, plain, tmp_path, make_engine, same, checked_posit
     oracle = {"drafter": "oracle", "oracle_file": str(tmp_path / "sequences.json")}
     spec = {"method": "kvspec", "model": head, "num_speculative_tokens": 12, "budget": "fixed"}
     with make_engine(spec | oracle, model=target) as llm:
-        runner = runner_of(llm)
+        runner = model_runner(llm)
         poison_null_block(runner)
         same(generate(llm, [batch]), expected, "oracle")
         assert spec_counters(llm)["accepted_tokens"] > 0
@@ -201,13 +201,9 @@ def test_identity(name, batch, plain, tmp_path, make_engine, same, checked_posit
     if flags := FLAGS.get(name):
         # Twice: the second time the prompts are cached.
         with make_engine(spec, model=target, **flags) as llm:
-            poison_null_block(runner_of(llm))
-            check_what_fits(llm, batch, expected[0], flags.get("max_model_len", 256))
-            check_what_fits(llm, batch, expected[0], flags.get("max_model_len", 256))
-
-
-def runner_of(llm):
-    return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+            poison_null_block(model_runner(llm))
+            for _ in range(2):
+                check_what_fits(llm, batch, expected[0], flags.get("max_model_len", 256))
 
 
 def check_what_fits(llm, batch: list[dict], expected: list, length: int) -> None:

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from engine_runner import TARGET, quick_engines
+from engine_runner import TARGET, close, quick_engines
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from vllm_kvspec import prepare as prepare_module
@@ -34,7 +34,6 @@ def prepare(tmp_path, monkeypatch):
     Engines are shut down at the end.
     """
     from vllm import LLM
-    from vllm.distributed import cleanup_dist_env_and_memory
 
     engines = []
 
@@ -45,8 +44,7 @@ def prepare(tmp_path, monkeypatch):
 
     def shut_down():
         while engines:
-            engines.pop().llm_engine.engine_core.shutdown()
-            cleanup_dist_env_and_memory()
+            close(engines.pop())
 
     monkeypatch.setattr("vllm.LLM", RecordedLLM)
     make_writer = prepare_module.engine_writer

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 import requests_mix
-from engine_runner import spec_counters
-from requests_mix import ALL, CORE
+from engine_runner import generate, model_runner, spec_counters
+from requests_mix import ALL, BATCHES, CORE
 from vllm import SamplingParams
 
 from vllm_kvspec.engine.draft.recycle import SHARED, owner_of
@@ -69,7 +69,7 @@ def test_chunked_prefill_and_preemption(check, make_engine, recycle):
 def test_budget(check, make_engine, recycle):
     """Steps are timed at start, nodes follow the load, and what was timed taught nobody anything."""
     with make_engine(recycle(16, budget="auto")) as llm:
-        drafter = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner.speculator
+        drafter = model_runner(llm).speculator
         owners = set(drafter.model.owner[drafter.model.context != -1].tolist())
         assert owners and SHARED not in owners
         check(llm, CORE)
@@ -135,3 +135,15 @@ def test_owners():
     assert owner(None, adapter=1) == owner(None, "r2", adapter=1)
     assert len({owner(), owner(name="r2"), owner("a", scope="request"), owner("r1"), SHARED}) == 4
     assert owner(None, scope="request") == owner("a", scope="request") == owner()
+
+
+@pytest.mark.once
+def test_prefix_caching_over_drafted_blocks(make_engine, recycle, check):
+    with make_engine(recycle(16)) as llm:
+        check(llm, ("greedy", "sampled") * 2)
+        assert sum(m.value for m in llm.get_metrics() if m.name == "vllm:prefix_cache_hits") > 0
+        before = spec_counters(llm)
+        generate(llm, [BATCHES["greedy"]()])
+        after = spec_counters(llm)
+    # By now the greedy texts are known.
+    assert (after["accepted_tokens"] - before["accepted_tokens"]) / (after["drafts"] - before["drafts"]) > 1.5

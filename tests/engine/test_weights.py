@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from engine_runner import TARGET, generate, spec_counters
+from engine_runner import TARGET, generate, model_runner, spec_counters
 from gemma4_pairs import write_assistant, write_target
 from heads import write_head
 from requests_mix import BATCHES
@@ -120,7 +120,7 @@ def test_an_assistant_sleeps_at_level_2(make_engine, spec, loaded, tmp_path):
     target = write_target("small", tmp_path / "target")
     keys = {"model": write_assistant(target, tmp_path / "assistant", ordered=True), "tree": [3, 2, 1]}
     with make_engine(spec(15, **keys), model=target, enable_prefix_caching=False) as llm:
-        drafter = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner.speculator
+        drafter = model_runner(llm).speculator
         propose, drafts = drafter.propose, []
         drafter.propose = lambda *args, **kwargs: record(propose(*args, **kwargs), drafts)
         found = []

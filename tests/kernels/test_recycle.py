@@ -144,7 +144,7 @@ def moved_head(device, arguments: dict) -> dict:
 
 
 @EACH
-@pytest.mark.parametrize("nodes", [1, 8, 20])
+@pytest.mark.parametrize("nodes", [1, 8, 40])
 @pytest.mark.parametrize(
     "other",
     [{}, {"coupled": False}, {"chain": torch.ones(4).int()}, head_of(9)],
