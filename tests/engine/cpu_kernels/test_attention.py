@@ -30,6 +30,15 @@ def paged(lengths, firsts, kv_heads, dim, block_size, layout, generator, dtype=t
     return k, v, table
 
 
+def with_threads(count, attention, *inputs, **options):
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        return attention(*inputs, **options)
+    finally:
+        torch.set_num_threads(before)
+
+
 heads = st.sampled_from([(1, 1), (3, 1), (9, 3), (8, 2), (4, 4)])
 
 
@@ -37,8 +46,8 @@ heads = st.sampled_from([(1, 1), (3, 1), (9, 3), (8, 2), (4, 4)])
 @given(data=st.data(), shape=heads, dim=st.sampled_from([8, 64, 80]), block_size=st.sampled_from([16, 32]),
        layout=st.sampled_from(list(LAYOUTS)), window=st.sampled_from([0, 0, 1, 7, 20]),
        soft_cap=st.sampled_from([0.0, 0.0, 0.5, 2.0, 50.0]),
-       sink=st.sampled_from([None, None, -8.0, 0.0, 8.0]))  # fmt: skip
-def test_tree_attention(data, shape, dim, block_size, layout, window, soft_cap, sink):
+       sink=st.sampled_from([None, None, -8.0, 0.0, 8.0]), threads=st.sampled_from([1, 2, 3]))  # fmt: skip
+def test_tree_attention(data, shape, dim, block_size, layout, window, soft_cap, sink, threads):
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 999)))
     batch = data.draw(st.integers(1, 3))
     trees, rows, seqs, masks = [], [], [], torch.zeros(batch, 64, dtype=torch.int64)
@@ -60,7 +69,7 @@ def test_tree_attention(data, shape, dim, block_size, layout, window, soft_cap, 
     options = {"scale": dim**-0.5, "max_query_len": max(rows), "sliding_window": window, "soft_cap": soft_cap}
     options["sinks"] = None if sink is None else sink + torch.randn(shape[0], generator=generator)
     ours, twin = torch.full_like(q, 5.0), torch.full_like(q, 5.0)
-    attention.tree_attention(*inputs, lengths, out=ours, **options)
+    with_threads(threads, attention.tree_attention, *inputs, lengths, out=ours, **options)
     reference.tree_attention(*inputs, lengths, out=twin, **options)
     # The padding rows at the end stay as they were.
     torch.testing.assert_close(ours, twin, rtol=2e-5, atol=2e-6)
@@ -69,8 +78,8 @@ def test_tree_attention(data, shape, dim, block_size, layout, window, soft_cap, 
 @settings(max_examples=60, deadline=None)
 @given(data=st.data(), shape=heads, dim=st.sampled_from([8, 64, 80]), num_rows=st.sampled_from([1, 3, 8]),
        layout=st.sampled_from(list(LAYOUTS)), window=st.sampled_from([0, 1, 7, 20]), causal=st.booleans(),
-       alone=st.booleans())  # fmt: skip
-def test_paged_draft_attention(data, shape, dim, num_rows, layout, window, causal, alone):
+       alone=st.booleans(), threads=st.sampled_from([1, 2, 3]))  # fmt: skip
+def test_paged_draft_attention(data, shape, dim, num_rows, layout, window, causal, alone, threads):
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 999)))
     lengths = data.draw(st.lists(st.integers(int(alone), 90), min_size=1, max_size=3))
     firsts = [max(0, n - window + (not alone)) if window else 0 for n in lengths]
@@ -79,7 +88,7 @@ def test_paged_draft_attention(data, shape, dim, num_rows, layout, window, causa
     block = (None, None) if alone else torch.randn(2, len(lengths), num_rows, shape[1], dim, generator=generator)
     inputs = (q, k, v, table, torch.tensor([*lengths, 3], dtype=torch.int32), *block)
     options = {"scale": dim**-0.5, "sliding_window": window, "causal": causal}
-    ours = attention.paged_draft_attention(*inputs, out=torch.empty_like(q), **options)
+    ours = with_threads(threads, attention.paged_draft_attention, *inputs, out=torch.empty_like(q), **options)
     twin = reference.paged_draft_attention(*inputs, out=torch.empty_like(q), **options)
     torch.testing.assert_close(ours, twin, rtol=2e-5, atol=2e-6)
 

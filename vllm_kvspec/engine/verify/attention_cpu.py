@@ -107,6 +107,13 @@ class CPUTreeAttentionImpl(AttentionImpl):
         self.kv_cache_dtype = kv_cache_dtype
         self.logits_soft_cap = logits_soft_cap
         self.sinks = sinks
+        self._kv_cache: torch.Tensor | None = None
+
+    def _keys_and_values(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Views of the layer's cache: made once, the cache stays."""
+        if kv_cache is not self._kv_cache:
+            self._kv_cache, self._views = kv_cache, split_kv(kv_cache, self.head_size)
+        return self._views
 
     def do_kv_cache_update(
         self,
@@ -117,7 +124,7 @@ class CPUTreeAttentionImpl(AttentionImpl):
         slot_mapping: torch.Tensor,
     ) -> None:
         """Write K and V [num_tokens, num_kv_heads, head_dim] to their slots; negative slots are padding."""
-        store_kv(key, value, *split_kv(kv_cache, self.head_size), slot_mapping)
+        store_kv(key, value, *self._keys_and_values(kv_cache), slot_mapping)
 
     def forward(
         self,
@@ -134,5 +141,5 @@ class CPUTreeAttentionImpl(AttentionImpl):
         """query [num_tokens, num_heads, head_dim] -> output of the same shape, in place."""
         if attn_metadata is None:
             return output.fill_(0)
-        attend(self, query, *split_kv(kv_cache, self.head_size), attn_metadata, self.sliding_window, output)
+        attend(self, query, *self._keys_and_values(kv_cache), attn_metadata, self.sliding_window, output)
         return output

@@ -7,17 +7,22 @@ step costs more than the products. Here two query rows that share a KV head go t
 a time, where it lies. Other dtypes take the twins.
 """
 
+import functools
 import math
 
 import numba
 import numpy as np
 import torch
-from numba import types
 
-from vllm_kvspec.engine.cpu.kernels.compiled import F32, I32, I64, INT, compiled, flat
+from vllm_kvspec.engine.cpu.kernels.threads import f32, i32, i64, num_threads, prefetch, team, thread_number
 from vllm_kvspec.kernels import reference
 
 _F = np.float32
+# Keys that are fetched from memory before they are used.
+_AHEAD = 16
+# Up to so many pairs of query rows a KV head is one thread's, where there are many: one core reads it then. More pairs
+# are work enough to be shared out.
+_FEW = 4
 # No "ninf": a hidden score is -inf.
 _FAST = {"reassoc", "contract", "arcp", "nsz", "nnan"}
 _inlined = numba.njit(forceinline=True, error_model="numpy", fastmath=_FAST)
@@ -85,6 +90,18 @@ def _dot(q0, q1, keys, starts, first, end, dim, scores0, scores1):
             b0 += q1[d] * k0[d]
         scores0[j], scores1[j] = a0, b0
         j += 1
+
+
+@_inlined
+def _dot_ahead(q0, q1, keys, starts, first, end, dim, scores0, scores1, key_address, value_address):
+    """``_dot`` for the first rows that read a head: fetches what comes next from memory meanwhile, values too."""
+    for j in range(first, end, 4):
+        for k in range(min(j + _AHEAD, end), min(j + _AHEAD + 4, end)):
+            for d in range(0, dim, 16):
+                prefetch(key_address + 4 * (starts[k] + d))
+            for d in range(0, dim, 16):
+                prefetch(value_address + 4 * (starts[k] + d))
+        _dot(q0, q1, keys, starts, j, min(j + 4, end), dim, scores0, scores1)
 
 
 @_inlined
@@ -182,54 +199,79 @@ def _hide_from_row(scores, row, num_rows, seq_len, tree, masks, window, first, e
             scores[j] = -np.inf
 
 
-_LAYOUT = (INT,) * 7  # block size; strides of a block, a slot and a head; KV heads, query heads for each, head_dim
+# Of a paged cache: strides of a block, a slot and a head in elements; query heads for each KV head.
+_LAYOUT = dict.fromkeys(
+    ("block_size", "stride_block", "stride_slot", "stride_head", "num_kv_heads", "group", "dim"), int
+)
+_SHARED = {
+    **dict.fromkeys(("q", "keys", "values", "out"), torch.float32),
+    "tables": torch.int32,
+    "table_stride": int,
+    **_LAYOUT,
+}
 
 
-@compiled(
-    F32, F32, F32, F32, I32, I32, I32, I64, I32, F32, INT, INT, INT, *_LAYOUT, types.float32, INT, types.float32,
-    fastmath=_FAST,
+@team(
+    _FAST, **_SHARED, row_starts=torch.int32, seq_lens=torch.int32, masks=torch.int64, trees=torch.int32,
+    sinks=torch.float32, num_reqs=int, mask_stride=int, window=int, scale=float, soft_cap=float,
 )  # fmt: skip
-def _tree_attention(
-    q, keys, values, out, tables, row_starts, seq_lens, masks, trees, sinks, num_reqs, table_stride, mask_stride,
-    block_size, stride_block, stride_slot, stride_head, num_kv_heads, group, dim, scale, window, soft_cap,
-):  # fmt: skip
-    longest = seq_lens[:num_reqs].max() if num_reqs else 0
+def _tree_attention(arguments):
+    a = numba.carray(arguments, 1)[0]
+    q, keys, values, out, tables = f32(a.q), f32(a.keys), f32(a.values), f32(a.out), i32(a.tables)
+    row_starts, seq_lens, trees = i32(a.row_starts), i32(a.seq_lens), i32(a.trees)
+    group, dim, window, scale = a.group, a.dim, a.window, a.scale
+    longest = 0
+    for b in range(a.num_reqs):
+        longest = max(longest, seq_lens[b])
     scores0, scores1 = np.empty(longest, np.float32), np.empty(longest, np.float32)
     sum0, sum1 = np.zeros(dim, np.float32), np.zeros(dim, np.float32)
     starts, head_starts = np.empty(longest, np.int64), np.empty(longest, np.int64)
-    width = num_kv_heads * group * dim
-    score_scale = soft_cap if soft_cap > 0 else scale
-    for b in range(num_reqs):
+    width = a.num_kv_heads * group * dim
+    score_scale = a.soft_cap if a.soft_cap > 0 else scale
+    turn, threads = thread_number(), num_threads()
+    many = a.num_reqs * a.num_kv_heads >= 4 * threads
+    for b in range(a.num_reqs):
         row_start, seq_len, tree = row_starts[b], seq_lens[b], trees[b]
         num_rows = row_starts[b + 1] - row_start
         if num_rows == 0:
             continue
-        mask = masks[b * mask_stride : b * mask_stride + tree]
+        mask = i64(a.masks)[b * a.mask_stride : b * a.mask_stride + tree]
         # With a sliding window the blocks behind it may already belong to others: never read them.
         first = max(0, seq_len - num_rows - window + 1) if window > 0 else 0
-        _slots(starts, tables[b * table_stride :], first, seq_len, block_size, stride_block, stride_slot)
-        for h in range(num_kv_heads):
+        _slots(starts, tables[b * a.table_stride :], first, seq_len, a.block_size, a.stride_block, a.stride_slot)
+        pairs = (num_rows * group + 1) // 2
+        whole = many and pairs <= _FEW
+        for h in range(a.num_kv_heads):
+            begin, step = (0 if turn == 0 else pairs, 1) if whole else (turn, threads)
+            turn = (turn - (1 if whole else pairs)) % threads
+            if begin >= pairs:
+                continue
             for j in range(first, seq_len):
-                head_starts[j] = starts[j] + h * stride_head
-            for r in range(0, num_rows * group, 2):
+                head_starts[j] = starts[j] + h * a.stride_head
+            for pair in range(begin, pairs, step):
+                r = 2 * pair
                 # The last of an odd number of query rows goes with itself.
                 s = min(r + 1, num_rows * group - 1)
                 i, j = r // group, s // group
                 head0, head1 = h * group + r - i * group, h * group + s - j * group
-                a = (row_start + i) * width + head0 * dim
-                c = (row_start + j) * width + head1 * dim
+                x = (row_start + i) * width + head0 * dim
+                y = (row_start + j) * width + head1 * dim
                 end = seq_len if j >= num_rows - tree else seq_len - num_rows + j + 1
-                _dot(q[a : a + dim], q[c : c + dim], keys, head_starts, first, end, dim, scores0, scores1)
-                if soft_cap > 0:
-                    _cap(scores0[first:end], scale, soft_cap)
-                    _cap(scores1[first:end], scale, soft_cap)
+                q0, q1 = q[x : x + dim], q[y : y + dim]
+                if pair == begin:
+                    _dot_ahead(q0, q1, keys, head_starts, first, end, dim, scores0, scores1, a.keys, a.values)
+                else:
+                    _dot(q0, q1, keys, head_starts, first, end, dim, scores0, scores1)
+                if a.soft_cap > 0:
+                    _cap(scores0[first:end], scale, a.soft_cap)
+                    _cap(scores1[first:end], scale, a.soft_cap)
                 _hide_from_row(scores0, i, num_rows, seq_len, tree, mask, window, first, end)
                 _hide_from_row(scores1, j, num_rows, seq_len, tree, mask, window, first, end)
-                factor0 = _softmax(scores0[first:end], score_scale, sinks[head0])
-                factor1 = _softmax(scores1[first:end], score_scale, sinks[head1])
+                factor0 = _softmax(scores0[first:end], score_scale, f32(a.sinks)[head0])
+                factor1 = _softmax(scores1[first:end], score_scale, f32(a.sinks)[head1])
                 _weigh(scores0, scores1, values, head_starts, first, end, dim, sum0, sum1)
-                _store(out, a, dim, sum0, factor0)
-                _store(out, c, dim, sum1, factor1)
+                _store(out, x, dim, sum0, factor0)
+                _store(out, y, dim, sum1, factor1)
 
 
 @_inlined
@@ -243,60 +285,70 @@ def _hide_from_block_row(scores, row, context, window, causal, first, end):
             scores[j] = -np.inf
 
 
-@compiled(
-    F32, F32, F32, F32, F32, F32, I32, I32, INT, INT, INT, *_LAYOUT, types.float32, INT, INT, INT, fastmath=_FAST
+@team(
+    _FAST, **_SHARED, own_keys=torch.float32, own_values=torch.float32, context_lens=torch.int32, num_reqs=int,
+    num_rows=int, window=int, causal=int, own=int, scale=float,
 )  # fmt: skip
-def _draft_attention(
-    q, keys, values, own_keys, own_values, out, tables, context_lens, num_reqs, num_rows, table_stride,
-    block_size, stride_block, stride_slot, stride_head, num_kv_heads, group, dim, scale, window, causal, own,
-):  # fmt: skip
+def _draft_attention(arguments):
     """``own``: 0 for queries alone, without a block of keys."""
-    longest = (context_lens[:num_reqs].max() if num_reqs else 0) + num_rows
+    a = numba.carray(arguments, 1)[0]
+    q, keys, values, out, tables = f32(a.q), f32(a.keys), f32(a.values), f32(a.out), i32(a.tables)
+    own_keys, own_values, context_lens = f32(a.own_keys), f32(a.own_values), i32(a.context_lens)
+    num_rows, own, group, dim, window, scale = a.num_rows, a.own, a.group, a.dim, a.window, a.scale
+    longest = num_rows
+    for b in range(a.num_reqs):
+        longest = max(longest, num_rows + context_lens[b])
     scores0, scores1 = np.empty(longest, np.float32), np.empty(longest, np.float32)
     sum0, sum1 = np.zeros(dim, np.float32), np.zeros(dim, np.float32)
     starts, head_starts = np.empty(longest, np.int64), np.empty(longest, np.int64)
-    width = num_kv_heads * group * dim
-    for b in range(num_reqs):
+    width = a.num_kv_heads * group * dim
+    turn, threads, pairs = thread_number(), num_threads(), (num_rows * group + 1) // 2
+    for b in range(a.num_reqs):
         context = context_lens[b]
         end = context + num_rows * own
         first = min(context, max(0, context - window + own)) if window > 0 else 0
-        _slots(starts, tables[b * table_stride :], first, context, block_size, stride_block, stride_slot)
-        for h in range(num_kv_heads):
+        _slots(starts, tables[b * a.table_stride :], first, context, a.block_size, a.stride_block, a.stride_slot)
+        for h in range(a.num_kv_heads):
             for j in range(first, context):
-                head_starts[j] = starts[j] + h * stride_head
+                head_starts[j] = starts[j] + h * a.stride_head
             for j in range(num_rows * own):
-                head_starts[context + j] = ((b * num_rows + j) * num_kv_heads + h) * dim
-            for r in range(0, num_rows * group, 2):
+                head_starts[context + j] = ((b * num_rows + j) * a.num_kv_heads + h) * dim
+            for pair in range(turn, pairs, threads):
+                r = 2 * pair
                 s = min(r + 1, num_rows * group - 1)
                 i, j = r // group, s // group
-                a = (b * num_rows + i) * width + (h * group + r - i * group) * dim
-                c = (b * num_rows + j) * width + (h * group + s - j * group) * dim
-                q0, q1 = q[a : a + dim], q[c : c + dim]
+                x = (b * num_rows + i) * width + (h * group + r - i * group) * dim
+                y = (b * num_rows + j) * width + (h * group + s - j * group) * dim
+                q0, q1 = q[x : x + dim], q[y : y + dim]
                 _dot(q0, q1, keys, head_starts, first, context, dim, scores0, scores1)
                 _dot(q0, q1, own_keys, head_starts, context, end, dim, scores0, scores1)
-                _hide_from_block_row(scores0, i, context, window, causal, first, end)
-                _hide_from_block_row(scores1, j, context, window, causal, first, end)
+                _hide_from_block_row(scores0, i, context, window, a.causal, first, end)
+                _hide_from_block_row(scores1, j, context, window, a.causal, first, end)
                 factor0 = _softmax(scores0[first:end], scale, _F(-np.inf))
                 factor1 = _softmax(scores1[first:end], scale, _F(-np.inf))
                 _weigh(scores0, scores1, values, head_starts, first, context, dim, sum0, sum1)
                 _weigh(scores0, scores1, own_values, head_starts, context, end, dim, sum0, sum1)
-                _store(out, a, dim, sum0, factor0)
-                _store(out, c, dim, sum1, factor1)
+                _store(out, x, dim, sum0, factor0)
+                _store(out, y, dim, sum1, factor1)
+            turn = (turn - pairs) % threads
 
 
-@compiled(F32, F32, F32, F32, I64, INT, INT, INT, INT, INT, INT, INT, INT)
-def _store_kv(
-    key, value, keys, values, slots, key_stride, value_stride, block_size, stride_block, stride_slot, stride_head,
-    num_kv_heads, dim,
-):  # fmt: skip
-    for row in range(len(slots)):
-        if slots[row] < 0:
+@team(
+    key=torch.float32, value=torch.float32, keys=torch.float32, values=torch.float32, slots=torch.int64, num_rows=int,
+    key_stride=int, value_stride=int, **_LAYOUT,
+)  # fmt: skip
+def _store_kv(arguments):
+    a = numba.carray(arguments, 1)[0]
+    key, value, keys, values = f32(a.key), f32(a.value), f32(a.keys), f32(a.values)
+    for row in range(thread_number(), a.num_rows, num_threads()):
+        slot = i64(a.slots)[row]
+        if slot < 0:
             continue
-        start = slots[row] // block_size * stride_block + slots[row] % block_size * stride_slot
-        for h in range(num_kv_heads):
-            to, k, v = start + h * stride_head, row * key_stride + h * dim, row * value_stride + h * dim
-            keys[to : to + dim] = key[k : k + dim]
-            values[to : to + dim] = value[v : v + dim]
+        start = slot // a.block_size * a.stride_block + slot % a.block_size * a.stride_slot
+        for h in range(a.num_kv_heads):
+            to, k, v = start + h * a.stride_head, row * a.key_stride + h * a.dim, row * a.value_stride + h * a.dim
+            keys[to : to + a.dim] = key[k : k + a.dim]
+            values[to : to + a.dim] = value[v : v + a.dim]
 
 
 def store_kv(
@@ -306,10 +358,11 @@ def store_kv(
 
     A negative slot is padding.
     """
+    rows = len(slot_mapping)
     if _all_fp32(key, value, k_cache, v_cache) and key.stride(1) == value.stride(1) == key.shape[2]:
         _store_kv(
-            flat(key), flat(value), flat(k_cache), flat(v_cache), flat(slot_mapping), key.stride(0), value.stride(0),
-            k_cache.shape[1], *k_cache.stride()[:3], key.shape[1], key.shape[2],
+            rows // 64, key, value, k_cache, v_cache, slot_mapping, rows, key.stride(0), value.stride(0),
+            *_layout(k_cache, key.shape[1]),
         )  # fmt: skip
         return
     kept = (slot_mapping >= 0).nonzero().squeeze(1)
@@ -336,14 +389,18 @@ def tree_attention(q, k_cache, v_cache, block_table, query_start_loc, seq_lens, 
             q, k_cache, v_cache, block_table, query_start_loc, seq_lens, batch_mask, batch_len, **options
         )
     sinks = options.get("sinks")
-    sinks = torch.full((q.shape[1],), -math.inf) if sinks is None else sinks.detach().float()
+    sinks = _no_sinks(q.shape[1]) if sinks is None else sinks.detach().float()
     _tree_attention(
-        flat(q.contiguous()), flat(k_cache), flat(v_cache), flat(out), flat(block_table), flat(query_start_loc),
-        flat(seq_lens), flat(batch_mask), flat(batch_len), flat(sinks), len(seq_lens), block_table.stride(0),
-        batch_mask.stride(0), *_layout(k_cache, q.shape[1]), options["scale"], options.get("sliding_window", 0),
-        options.get("soft_cap", 0.0),
+        _parts(q), q.contiguous(), k_cache, v_cache, out, block_table, block_table.stride(0),
+        *_layout(k_cache, q.shape[1]), query_start_loc, seq_lens, batch_mask, batch_len, sinks, len(seq_lens),
+        batch_mask.stride(0), options.get("sliding_window", 0), options["scale"], options.get("soft_cap", 0.0),
     )  # fmt: skip
     return out
+
+
+@functools.cache
+def _no_sinks(num_heads: int) -> torch.Tensor:
+    return torch.full((num_heads,), -math.inf)
 
 
 def paged_draft_attention(q, k_cache, v_cache, block_table, context_lens, k_block, v_block, **options):
@@ -356,9 +413,13 @@ def paged_draft_attention(q, k_cache, v_cache, block_table, context_lens, k_bloc
             q, k_cache, v_cache, block_table, context_lens, k_block, v_block, **options
         )
     _draft_attention(
-        flat(q.contiguous()), flat(k_cache), flat(v_cache), flat(k_own.contiguous()), flat(v_own.contiguous()),
-        flat(out), flat(block_table), flat(context_lens.contiguous()), q.shape[0], q.shape[1], block_table.stride(0),
-        *_layout(k_cache, q.shape[2]), options["scale"], options.get("sliding_window", 0),
-        int(options.get("causal", False)), int(own),
+        _parts(q), q.contiguous(), k_cache, v_cache, out, block_table, block_table.stride(0),
+        *_layout(k_cache, q.shape[2]), k_own.contiguous(), v_own.contiguous(), context_lens.contiguous(), q.shape[0],
+        q.shape[1], options.get("sliding_window", 0), int(options.get("causal", False)), int(own), options["scale"],
     )  # fmt: skip
     return out
+
+
+def _parts(q: torch.Tensor) -> int:
+    """How many threads get two pairs of query rows [..., num_heads, dim] each."""
+    return q.numel() // (4 * q.shape[-1])

@@ -6,6 +6,8 @@ raises TypeError instead of compiling again.
 """
 
 import ctypes
+from collections.abc import Callable
+from functools import partial
 
 import numba
 import numpy as np
@@ -26,18 +28,19 @@ BOOL = types.boolean
 
 def compiled(*parameters, fastmath: bool | set[str] = False):
     """Compile now for these parameter types, or load what an earlier process compiled."""
+    return partial(compile_now, partial(numba.njit, types.void(*parameters)), fastmath=fastmath)
 
-    def decorate(function):
-        options = {"fastmath": fastmath, "error_model": "numpy"}
-        try:
-            return numba.njit(types.void(*parameters), cache=True, **options)(function)
-        except RuntimeError as error:
-            # Neither beside this file nor in the user's cache directory can anything be written.
-            if "cannot cache" not in str(error):
-                raise
-            return numba.njit(types.void(*parameters), **options)(function)
 
-    return decorate
+def compile_now(jit: Callable, function: Callable, fastmath: bool | set[str] = False):
+    """``jit``, one of numba's decorators, applied to ``function``; from the cache where it is there."""
+    options = {"fastmath": fastmath, "error_model": "numpy"}
+    try:
+        return jit(cache=True, **options)(function)
+    except RuntimeError as error:
+        # Neither beside this file nor in the user's cache directory can anything be written.
+        if "cannot cache" not in str(error):
+            raise
+        return jit(**options)(function)
 
 
 def flat(tensor: torch.Tensor) -> np.ndarray:
