@@ -49,7 +49,7 @@ METHOD = (
     "batch shapes round differently). first difference: tokens before it, mean over the texts that differ. log-prob: "
     "of a token under the target, mean over texts and its standard error; high also where a text repeats itself, so "
     "repeated: the share of a text's tokens that end 4 which it had before. tokens/s: prompts and prefill included; "
-    "the categories one after another."
+    "the categories one after another, in each of them a new request for each that is done."
 )
 
 
@@ -200,10 +200,8 @@ def parts_of(prompts: list[dict], arguments: argparse.Namespace) -> list[dict[st
         again = "" if arguments.engine.get("enable_prefix_caching") else f" round {number}"
         for name in dict.fromkeys(names):
             chosen = [i for i, of in enumerate(names) if of == name]
-            # The engine takes as many at a time as it may.
-            for first in range(0, len(chosen), batch):
-                part = {"temperature": temperature, "batch": batch, "round": number}
-                parts.append(part | {"prompts": chosen[first : first + batch], "salt": f"{temperature} {batch}{again}"})
+            part = {"temperature": temperature, "batch": batch, "round": number}
+            parts.append(part | {"prompts": chosen, "salt": f"{temperature} {batch}{again}"})
     return parts
 
 

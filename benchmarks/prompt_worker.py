@@ -7,6 +7,7 @@ Each line on stdin is a part to run, each line of ``out.jsonl`` what came of it;
 import json
 import sys
 import time
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,20 @@ def engine_steps(llm) -> int:
     return sum(metric.count for metric in llm.get_metrics() if metric.name == STEPS)
 
 
+def answers_to(engine, requests: list[tuple], at_once: int) -> list:
+    """As a server has it: where one request is done the next one begins."""
+    waiting, done = deque(enumerate(requests)), {}
+    while len(done) < len(requests):
+        while waiting and engine.get_num_unfinished_requests() < at_once:
+            number, (prompt, params) = waiting.popleft()
+            engine.add_request(str(number), prompt, params)
+        done |= {int(output.request_id): output for output in engine.step() if output.finished}
+    return [done[number] for number in range(len(requests))]
+
+
 def measure(llm, prompts: list[dict], part: dict[str, Any], job: dict[str, Any]) -> dict[str, Any]:
-    """The prompts ``part["prompts"]`` (their numbers) together: token ids, seconds, engine steps; where asked for, the
-    mean log-probability of each text's tokens."""
+    """The prompts ``part["prompts"]`` (their numbers), ``part["batch"]`` of them at a time: token ids, seconds, engine
+    steps; where asked for, the mean log-probability of each text's tokens."""
     from vllm import SamplingParams
 
     # A salt of its own: a table that drafts from earlier answers must not have these.
@@ -29,7 +41,7 @@ def measure(llm, prompts: list[dict], part: dict[str, Any], job: dict[str, Any])
     asked = {"max_tokens": job["max_tokens"], "logprobs": 0 if job["log_probs"] else None}
     params = [SamplingParams(temperature=part["temperature"], seed=i, **asked) for i in part["prompts"]]
     before, start = engine_steps(llm), time.perf_counter()
-    outputs = llm.generate(inputs, params, use_tqdm=False)
+    outputs = answers_to(llm.llm_engine, list(zip(inputs, params, strict=True)), part["batch"])
     seconds = time.perf_counter() - start
     found = {
         "token_ids": [list(output.outputs[0].token_ids) for output in outputs],

@@ -307,8 +307,8 @@ def main() -> None:
         if "redraft" in args.parts:
             tables = [text["redraft"] for text in found]
             report["redraft"].append(rounded(compare_redrafts(tables, temperature, block, args.num_nodes)))
-        write_json(args.output.with_suffix(".json"), report)
-        args.output.with_suffix(".md").write_text(markdown(report))
+        write_json(args.output.with_name(f"{args.output.name}.json"), report)
+        args.output.with_name(f"{args.output.name}.md").write_text(markdown(report))
     print(markdown(report))
 
 

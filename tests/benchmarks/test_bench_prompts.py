@@ -69,7 +69,7 @@ def test_parts(bench):
     prompts = [{"category": name} for name in ("code", "chat", "code", "code")]
     arguments = bench.parse_arguments([*required, "--batch", "1", "2"])
     parts = bench.parts_of(prompts, arguments)
-    assert [part["prompts"] for part in parts] == [[0], [1], [2], [3]] * 2 + [[0, 2], [3], [1]] * 2
+    assert [part["prompts"] for part in parts] == [[0], [1], [2], [3]] * 2 + [[0, 2, 3], [1]] * 2
     # Nothing that was drafted from is drafted again, but a prefix cache must find its prompts.
     assert len({part["salt"] for part in parts}) == 4
     arguments.engine = {"enable_prefix_caching": True}
