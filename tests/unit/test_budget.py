@@ -160,10 +160,10 @@ def test_measured_costs():
     assert costs.step_seconds(10, 0, 4) == pytest.approx(1e-3 * (1 + 0.1 * 4 * 10 + 0.1))
     assert costs.step_seconds(32, 0, 8) == pytest.approx(1e-3 * (1 + 0.1 * 8 * 32 + 0.1))
     assert costs.step_seconds(1, 1e6, 0) == pytest.approx(1e-3 + 1e-2)
-    # Few batches for large trees, and noise that makes a larger step seem faster.
-    noisy = MeasuredCosts({0: [(1, 2.0), (8, 1.9)], 4: [(1, 1.5)]}, {0: 0.1, 4: 0.0})
-    assert noisy.step_seconds(8, 0, 0) == 2.0
-    assert noisy.step_seconds(1, 10, 4) == 3.0
+    # Few batches for large trees, a batch that is faster than a smaller one, more nodes that seem faster than none.
+    uneven = MeasuredCosts({0: [(1, 2.0), (8, 1.9)], 4: [(1, 1.5)]}, {0: 0.1, 4: 0.0})
+    assert uneven.step_seconds(8, 0, 0) == uneven.step_seconds(64, 0, 0) == 1.9
+    assert uneven.step_seconds(1, 10, 4) == 3.0
 
 
 def test_cost_table_round_trip(tmp_path):

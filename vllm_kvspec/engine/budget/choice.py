@@ -15,7 +15,6 @@ import json
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from math import exp
 from pathlib import Path
 from typing import Any, Protocol
@@ -141,8 +140,8 @@ class MeasuredCosts:
     """Timed engine steps. ``steps[nodes]`` is a list of (batch, seconds) at almost no context, batches ascending, and
     ``context[nodes]`` seconds per token of context; both have an entry for 0 nodes, a plain decode step.
 
-    Linear between batches and beyond the last. Noise is ironed out: a larger batch or more nodes never cost less. Keys
-    may be strings, as in JSON. Raises ValueError for a malformed table.
+    Linear between batches and beyond the last. More nodes never cost less; a larger batch may, where the libraries of a
+    CPU multiply four rows faster than two. Keys may be strings, as in JSON. Raises ValueError for a malformed table.
     """
 
     def __init__(self, steps: Mapping[Any, Sequence[Sequence[float]]], context: Mapping[Any, float]):
@@ -164,7 +163,7 @@ class MeasuredCosts:
         for n in self.nodes:
             batches, times = zip(*points[n], strict=True)
             least = {b: max(t, least.get(b, 0.0)) for b, t in zip(batches, times, strict=True)}
-            self._points[n] = batches, list(accumulate(least.values(), max))
+            self._points[n] = batches, list(least.values())
             self._context[n] = longest = max(longest, self._context[n])
 
     def step_seconds(self, batch: int, context: float, nodes: int) -> float:
@@ -172,9 +171,11 @@ class MeasuredCosts:
 
 
 def _interpolate(xs: Sequence[float], ys: Sequence[float], x: float) -> float:
-    """Piecewise linear through the points; the last piece goes on beyond the end."""
+    """Piecewise linear through the points; the last piece goes on beyond the end, but not downwards."""
     if len(xs) == 1:
         return ys[0]
+    if x > xs[-1] and ys[-1] < ys[-2]:
+        return ys[-1]
     i = min(max(bisect_left(xs, x), 1), len(xs) - 1)
     slope = (ys[i] - ys[i - 1]) / (xs[i] - xs[i - 1])
     return ys[i - 1] + slope * (x - xs[i - 1])

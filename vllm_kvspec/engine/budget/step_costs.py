@@ -22,9 +22,9 @@ logger = init_logger("vllm.kvspec.budget")
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 # Beyond this many rows every device is bound by compute, so the table goes on as a straight line.
 MAX_ROWS = 1024
-SHORT_CONTEXT, LONG_CONTEXT = 16, 4096
-# On a GPU one request's context hides behind the weights.
-LONG_CONTEXT_BATCH = 1 if current_platform.is_cpu() else 8
+SHORT_CONTEXT = 16
+# Of several requests: on a GPU one's context hides behind the weights, on a CPU the threads share the requests out.
+LONG_CONTEXT, LONG_CONTEXT_BATCH = (1024, 4) if current_platform.is_cpu() else (4096, 8)
 WARM_UP_STEPS, TIMED_STEPS = 1, 3
 # The whole table is timed this often, and the shortest times count: a busy moment of the machine hits only one.
 ROUNDS = 2
