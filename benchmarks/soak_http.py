@@ -143,8 +143,9 @@ class Clients:
         return {**result, **self.counts, "differences": self.tally.differences, "problems": self.problems}
 
     def _resident(self, engine: psutil.Process) -> int:
+        """Of the engine with its workers."""
         try:
-            return engine.memory_info().rss
+            return sum(process.memory_info().rss for process in (engine, *engine.children(recursive=True)))
         except psutil.NoSuchProcess:
             self.problems.append("the engine's process has ended by itself")
             return 0
