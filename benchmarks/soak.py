@@ -302,8 +302,8 @@ def set_environment() -> None:
     """For every process that is started here."""
     os.environ.update(VLLM_NO_USAGE_STATS="1", HF_HUB_OFFLINE="1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    # oneDNN keeps code for a thousand shapes, one for each number of rows: an engine, plain decoding's too, grows by 300
-    # MiB over its first two thousand requests. Without that, what grows is a leak.
+    # oneDNN keeps code for a thousand shapes, one for each number of rows: an engine, plain decoding's too, grows by
+    # 300 MiB over its first two thousand requests. Without that, what grows is a leak.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "0")
     if ON_CPU:
         # The models are tiny: threads cost more than they give.
