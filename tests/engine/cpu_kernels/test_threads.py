@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compiled functions on torch's threads: each does its part, at most so many do; without OpenMP the caller does all."""
 
+import weakref
+
 import numba
 import pytest
 import torch
@@ -44,3 +46,16 @@ def test_the_caller_alone_where_torch_has_no_openmp(monkeypatch):
 def test_a_tensor_of_another_dtype_is_refused():
     with pytest.raises(TypeError, match=r"scaled must be torch.float32, found torch.float64"):
         scale(1, torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.float64), 1, 1.0)
+
+
+def test_a_temporary_lives_until_the_threads_are_done(monkeypatch):
+    made, alive = [], []
+
+    def temporary():
+        tensor = torch.ones(1)
+        made.append(weakref.ref(tensor))
+        return tensor
+
+    monkeypatch.setattr(threads, "_parallel", lambda *_: alive.append(made[0]() is not None))
+    scale(1, torch.zeros(1, dtype=torch.int64), temporary(), 1, 1.0)
+    assert alive == [True]

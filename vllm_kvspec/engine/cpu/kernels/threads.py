@@ -112,12 +112,13 @@ def team(fastmath: bool | set[str] = False, **fields: type | torch.dtype) -> Cal
         entry = compile_now(partial(numba.cfunc, signature), function, fastmath)
 
         def run(most: int, *values) -> None:
-            values = list(values)
+            # ``values`` stays as it is: it keeps a caller's temporaries alive until the threads are done.
+            fields_in_c = list(values)
             for i, name, dtype in tensors:
                 if values[i].dtype != dtype:
                     raise TypeError(f"{name} must be {dtype}, found {values[i].dtype}.")
-                values[i] = values[i].data_ptr()
-            arguments = struct(*values)
+                fields_in_c[i] = values[i].data_ptr()
+            arguments = struct(*fields_in_c)
             if _parallel is None:
                 entry.ctypes(ctypes.addressof(arguments))
             else:
