@@ -266,6 +266,10 @@ class Record:
                     f"{path} must be of {settings} to be gone on with, found {found}; name another --output."
                 )
 
+    @property
+    def next_round(self) -> int:
+        return 1 + max((row["round"] for row in self.rows), default=-1)
+
     def add(self, row: dict[str, Any], differences: list[dict]) -> None:
         self.rows.append(row)
         if differences:
@@ -314,17 +318,20 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     set_environment()
     arguments.work.mkdir(parents=True, exist_ok=True)
-    settings = {"seed": arguments.seed, "requests": arguments.requests, "target": arguments.target.name}
-    try:
-        record = Record(arguments.output, settings)
-    except ValueError as error:
-        sys.exit(str(error))
-    print(f"seed {arguments.seed}, {len(record.rows)} rounds so far", flush=True)
+    if single := arguments.round is not None:
+        record, rounds = None, [arguments.round]
+    else:
+        settings = {"seed": arguments.seed, "requests": arguments.requests, "target": arguments.target.name}
+        try:
+            record = Record(arguments.output, settings)
+        except ValueError as error:
+            sys.exit(str(error))
+        rounds = range(record.next_round, record.next_round + arguments.rounds)
+        print(f"seed {arguments.seed}, {len(record.rows)} rounds so far", flush=True)
     print(f"plain decoding first, where it is not known yet: {arguments.work / 'log'}", flush=True)
     pool = make_pool(arguments)
     deadline, failed = time.monotonic() + 60 * arguments.minutes, False
-    single = arguments.round is not None
-    for number in [arguments.round] if single else range(len(record.rows), len(record.rows) + arguments.rounds):
+    for number in rounds:
         if time.monotonic() > deadline:
             break
         one, start = draw_round(arguments, number), time.monotonic()

@@ -104,9 +104,8 @@ def test_steps_are_timed_and_the_scheduler_gets_the_table(make_engine, spec, tmp
     same(found, [reference["greedy"]])
     assert isinstance(guessed, Roofline)
     assert measured.nodes == [0, 2, 4]
-    for nodes in measured.nodes:
-        one, three = (measured.step_seconds(batch, 0, nodes) for batch in (1, 3))
-        assert 0 < one <= three < 60
+    # As timed: a larger batch may well take less.
+    assert all(0 < measured.step_seconds(batch, 0, nodes) < 60 for batch in (1, 3) for nodes in measured.nodes)
 
 
 def configured(spec: dict, **arguments):
