@@ -23,6 +23,8 @@ _AHEAD = 16
 # Up to so many pairs of query rows a KV head is one thread's, where there are many: one core reads it then. More pairs
 # are work enough to be shared out.
 _FEW = 4
+# Of keys, and as many of values: elements that stay in a core's second-level cache.
+_CACHED = 64 * 1024
 # No "ninf": a hidden score is -inf.
 _FAST = {"reassoc", "contract", "arcp", "nsz", "nnan"}
 _inlined = numba.njit(forceinline=True, error_model="numpy", fastmath=_FAST)
@@ -93,18 +95,6 @@ def _dot(q0, q1, keys, starts, first, end, dim, scores0, scores1):
 
 
 @_inlined
-def _dot_ahead(q0, q1, keys, starts, first, end, dim, scores0, scores1, key_address, value_address):
-    """``_dot`` for the first rows that read a head: fetches what comes next from memory meanwhile, values too."""
-    for j in range(first, end, 4):
-        for k in range(min(j + _AHEAD, end), min(j + _AHEAD + 4, end)):
-            for d in range(0, dim, 16):
-                prefetch(key_address + 4 * (starts[k] + d))
-            for d in range(0, dim, 16):
-                prefetch(value_address + 4 * (starts[k] + d))
-        _dot(q0, q1, keys, starts, j, min(j + 4, end), dim, scores0, scores1)
-
-
-@_inlined
 def _weigh(weights0, weights1, values, starts, first, end, dim, sum0, sum1):
     """sum += weights[j] * value j for both queries and j in [first, end)."""
     j = first
@@ -125,6 +115,16 @@ def _weigh(weights0, weights1, values, starts, first, end, dim, sum0, sum1):
             sum0[d] += weights0[j] * v0[d]
             sum1[d] += weights1[j] * v0[d]
         j += 1
+
+
+@_inlined
+def _fetch(starts, first, end, dim, key_address, value_address):
+    """Fetch the keys and values [first, end) from memory without waiting for them; returns ``end``."""
+    for j in range(first, end):
+        for d in range(0, dim, 16):
+            prefetch(key_address + 4 * (starts[j] + d))
+            prefetch(value_address + 4 * (starts[j] + d))
+    return end
 
 
 @_inlined
@@ -162,10 +162,13 @@ def _store(out, start, dim, total, factor):
 
 
 @_inlined
-def _slots(starts, table, first, end, block_size, stride_block, stride_slot):
-    """Where the keys [first, end) of a request start in the cache, for head 0."""
-    for j in range(first, end):
-        starts[j] = table[j // block_size] * stride_block + (j % block_size) * stride_slot
+def _slots(starts, a, b, h, first, end):
+    """Where the keys [first, end) of request ``b`` start in the cache, for KV head ``h``."""
+    table = i32(a.tables)[b * a.table_stride :]
+    for block in range(first // a.block_size, (end + a.block_size - 1) // a.block_size):
+        start, block_first = table[block] * a.stride_block + h * a.stride_head, block * a.block_size
+        for j in range(max(first, block_first), min(end, block_first + a.block_size)):
+            starts[j] = start + (j - block_first) * a.stride_slot
 
 
 @_inlined
@@ -211,67 +214,105 @@ _SHARED = {
 }
 
 
+@_inlined
+def _span(a, b):
+    """The keys [first, end) that the rows of request ``b`` see, and how many rows."""
+    num_rows, seq_len = i32(a.row_starts)[b + 1] - i32(a.row_starts)[b], i32(a.seq_lens)[b]
+    # With a sliding window the blocks behind it may already belong to others: never read them.
+    return max(0, seq_len - num_rows - a.window + 1) if a.window > 0 else 0, seq_len, num_rows
+
+
+@_inlined
+def _parts_of_thread(a):
+    """What this thread computes: rows of request, KV head, first pair of query rows, step to the next pair."""
+    parts, count = np.empty((a.num_reqs * a.num_kv_heads, 4), np.int64), 0
+    turn, threads = thread_number(), num_threads()
+    many = a.num_reqs * a.num_kv_heads >= 4 * threads
+    for b in range(a.num_reqs):
+        pairs = (_span(a, b)[2] * a.group + 1) // 2
+        whole = many and pairs <= _FEW
+        for h in range(a.num_kv_heads):
+            begin, step = (0 if turn == 0 else pairs, 1) if whole else (turn, threads)
+            turn = (turn - (1 if whole else pairs)) % threads
+            if begin < pairs:
+                parts[count] = b, h, begin, step
+                count += 1
+    return parts[:count]
+
+
 @team(
     _FAST, **_SHARED, row_starts=torch.int32, seq_lens=torch.int32, masks=torch.int64, trees=torch.int32,
     sinks=torch.float32, num_reqs=int, mask_stride=int, window=int, scale=float, soft_cap=float,
 )  # fmt: skip
 def _tree_attention(arguments):
     a = numba.carray(arguments, 1)[0]
-    q, keys, values, out, tables = f32(a.q), f32(a.keys), f32(a.values), f32(a.out), i32(a.tables)
-    row_starts, seq_lens, trees = i32(a.row_starts), i32(a.seq_lens), i32(a.trees)
+    q, keys, values, out = f32(a.q), f32(a.keys), f32(a.values), f32(a.out)
     group, dim, window, scale = a.group, a.dim, a.window, a.scale
     longest = 0
     for b in range(a.num_reqs):
-        longest = max(longest, seq_lens[b])
+        longest = max(longest, i32(a.seq_lens)[b])
     scores0, scores1 = np.empty(longest, np.float32), np.empty(longest, np.float32)
     sum0, sum1 = np.zeros(dim, np.float32), np.zeros(dim, np.float32)
-    starts, head_starts = np.empty(longest, np.int64), np.empty(longest, np.int64)
+    here, there = np.empty(longest, np.int64), np.empty(longest, np.int64)
     width = a.num_kv_heads * group * dim
     score_scale = a.soft_cap if a.soft_cap > 0 else scale
-    turn, threads = thread_number(), num_threads()
-    many = a.num_reqs * a.num_kv_heads >= 4 * threads
-    for b in range(a.num_reqs):
-        row_start, seq_len, tree = row_starts[b], seq_lens[b], trees[b]
-        num_rows = row_starts[b + 1] - row_start
-        if num_rows == 0:
-            continue
+    parts, fetched = _parts_of_thread(a), False
+    for part in range(len(parts)):
+        b, h, begin, step = parts[part]
+        first, seq_len, num_rows = _span(a, b)
+        row_start, tree, pairs = i32(a.row_starts)[b], i32(a.trees)[b], (num_rows * group + 1) // 2
         mask = i64(a.masks)[b * a.mask_stride : b * a.mask_stride + tree]
-        # With a sliding window the blocks behind it may already belong to others: never read them.
-        first = max(0, seq_len - num_rows - window + 1) if window > 0 else 0
-        _slots(starts, tables[b * a.table_stride :], first, seq_len, a.block_size, a.stride_block, a.stride_slot)
-        pairs = (num_rows * group + 1) // 2
-        whole = many and pairs <= _FEW
-        for h in range(a.num_kv_heads):
-            begin, step = (0 if turn == 0 else pairs, 1) if whole else (turn, threads)
-            turn = (turn - (1 if whole else pairs)) % threads
-            if begin >= pairs:
-                continue
-            for j in range(first, seq_len):
-                head_starts[j] = starts[j] + h * a.stride_head
-            for pair in range(begin, pairs, step):
-                r = 2 * pair
-                # The last of an odd number of query rows goes with itself.
-                s = min(r + 1, num_rows * group - 1)
-                i, j = r // group, s // group
-                head0, head1 = h * group + r - i * group, h * group + s - j * group
-                x = (row_start + i) * width + head0 * dim
-                y = (row_start + j) * width + head1 * dim
-                end = seq_len if j >= num_rows - tree else seq_len - num_rows + j + 1
-                q0, q1 = q[x : x + dim], q[y : y + dim]
-                if pair == begin:
-                    _dot_ahead(q0, q1, keys, head_starts, first, end, dim, scores0, scores1, a.keys, a.values)
-                else:
-                    _dot(q0, q1, keys, head_starts, first, end, dim, scores0, scores1)
-                if a.soft_cap > 0:
-                    _cap(scores0[first:end], scale, a.soft_cap)
-                    _cap(scores1[first:end], scale, a.soft_cap)
-                _hide_from_row(scores0, i, num_rows, seq_len, tree, mask, window, first, end)
-                _hide_from_row(scores1, j, num_rows, seq_len, tree, mask, window, first, end)
-                factor0 = _softmax(scores0[first:end], score_scale, f32(a.sinks)[head0])
-                factor1 = _softmax(scores1[first:end], score_scale, f32(a.sinks)[head1])
-                _weigh(scores0, scores1, values, head_starts, first, end, dim, sum0, sum1)
-                _store(out, x, dim, sum0, factor0)
-                _store(out, y, dim, sum1, factor1)
+        if part == 0:
+            _slots(here, a, b, h, first, seq_len)
+        # While this part is computed the keys and values of the next come from memory, `rate` of them each time that
+        # four are read here.
+        cursor = fetch_end = 0
+        if part + 1 < len(parts):
+            cursor, fetch_end, _ = _span(a, parts[part + 1, 0])
+            _slots(there, a, parts[part + 1, 0], parts[part + 1, 1], cursor, fetch_end)
+            if (seq_len - first + fetch_end - cursor) * dim > _CACHED:
+                cursor = fetch_end
+        fetching = cursor < fetch_end
+        passes = 2 * ((pairs - begin - 1) // step + 1) - (0 if fetched else 1)
+        times = passes * ((seq_len - first + 3) // 4)
+        rate = (fetch_end - cursor + times - 1) // times
+        for pair in range(begin, pairs, step):
+            r = 2 * pair
+            # The last of an odd number of query rows goes with itself.
+            s = min(r + 1, num_rows * group - 1)
+            i, j = r // group, s // group
+            head0, head1 = h * group + r - i * group, h * group + s - j * group
+            x = (row_start + i) * width + head0 * dim
+            y = (row_start + j) * width + head1 * dim
+            end = seq_len if j >= num_rows - tree else seq_len - num_rows + j + 1
+            q0, q1 = q[x : x + dim], q[y : y + dim]
+            if pair == begin and not fetched:
+                for k in range(first, end, 4):
+                    _fetch(here, min(k + _AHEAD, end), min(k + _AHEAD + 4, end), dim, a.keys, a.values)
+                    _dot(q0, q1, keys, here, k, min(k + 4, end), dim, scores0, scores1)
+            elif cursor < fetch_end:
+                for k in range(first, end, 4):
+                    cursor = _fetch(there, cursor, min(cursor + rate, fetch_end), dim, a.keys, a.values)
+                    _dot(q0, q1, keys, here, k, min(k + 4, end), dim, scores0, scores1)
+            else:
+                _dot(q0, q1, keys, here, first, end, dim, scores0, scores1)
+            if a.soft_cap > 0:
+                _cap(scores0[first:end], scale, a.soft_cap)
+                _cap(scores1[first:end], scale, a.soft_cap)
+            _hide_from_row(scores0, i, num_rows, seq_len, tree, mask, window, first, end)
+            _hide_from_row(scores1, j, num_rows, seq_len, tree, mask, window, first, end)
+            factor0 = _softmax(scores0[first:end], score_scale, f32(a.sinks)[head0])
+            factor1 = _softmax(scores1[first:end], score_scale, f32(a.sinks)[head1])
+            if cursor < fetch_end:
+                for k in range(first, end, 4):
+                    cursor = _fetch(there, cursor, min(cursor + rate, fetch_end), dim, a.keys, a.values)
+                    _weigh(scores0, scores1, values, here, k, min(k + 4, end), dim, sum0, sum1)
+            else:
+                _weigh(scores0, scores1, values, here, first, end, dim, sum0, sum1)
+            _store(out, x, dim, sum0, factor0)
+            _store(out, y, dim, sum1, factor1)
+        fetched = fetching
+        here, there = there, here
 
 
 @_inlined
@@ -292,7 +333,7 @@ def _hide_from_block_row(scores, row, context, window, causal, first, end):
 def _draft_attention(arguments):
     """``own``: 0 for queries alone, without a block of keys."""
     a = numba.carray(arguments, 1)[0]
-    q, keys, values, out, tables = f32(a.q), f32(a.keys), f32(a.values), f32(a.out), i32(a.tables)
+    q, keys, values, out = f32(a.q), f32(a.keys), f32(a.values), f32(a.out)
     own_keys, own_values, context_lens = f32(a.own_keys), f32(a.own_values), i32(a.context_lens)
     num_rows, own, group, dim, window, scale = a.num_rows, a.own, a.group, a.dim, a.window, a.scale
     longest = num_rows
@@ -300,19 +341,17 @@ def _draft_attention(arguments):
         longest = max(longest, num_rows + context_lens[b])
     scores0, scores1 = np.empty(longest, np.float32), np.empty(longest, np.float32)
     sum0, sum1 = np.zeros(dim, np.float32), np.zeros(dim, np.float32)
-    starts, head_starts = np.empty(longest, np.int64), np.empty(longest, np.int64)
+    starts = np.empty(longest, np.int64)
     width = a.num_kv_heads * group * dim
     turn, threads, pairs = thread_number(), num_threads(), (num_rows * group + 1) // 2
     for b in range(a.num_reqs):
         context = context_lens[b]
         end = context + num_rows * own
         first = min(context, max(0, context - window + own)) if window > 0 else 0
-        _slots(starts, tables[b * a.table_stride :], first, context, a.block_size, a.stride_block, a.stride_slot)
         for h in range(a.num_kv_heads):
-            for j in range(first, context):
-                head_starts[j] = starts[j] + h * a.stride_head
+            _slots(starts, a, b, h, first, context)
             for j in range(num_rows * own):
-                head_starts[context + j] = ((b * num_rows + j) * a.num_kv_heads + h) * dim
+                starts[context + j] = ((b * num_rows + j) * a.num_kv_heads + h) * dim
             for pair in range(turn, pairs, threads):
                 r = 2 * pair
                 s = min(r + 1, num_rows * group - 1)
@@ -320,14 +359,14 @@ def _draft_attention(arguments):
                 x = (b * num_rows + i) * width + (h * group + r - i * group) * dim
                 y = (b * num_rows + j) * width + (h * group + s - j * group) * dim
                 q0, q1 = q[x : x + dim], q[y : y + dim]
-                _dot(q0, q1, keys, head_starts, first, context, dim, scores0, scores1)
-                _dot(q0, q1, own_keys, head_starts, context, end, dim, scores0, scores1)
+                _dot(q0, q1, keys, starts, first, context, dim, scores0, scores1)
+                _dot(q0, q1, own_keys, starts, context, end, dim, scores0, scores1)
                 _hide_from_block_row(scores0, i, context, window, a.causal, first, end)
                 _hide_from_block_row(scores1, j, context, window, a.causal, first, end)
                 factor0 = _softmax(scores0[first:end], scale, _F(-np.inf))
                 factor1 = _softmax(scores1[first:end], scale, _F(-np.inf))
-                _weigh(scores0, scores1, values, head_starts, first, context, dim, sum0, sum1)
-                _weigh(scores0, scores1, own_values, head_starts, context, end, dim, sum0, sum1)
+                _weigh(scores0, scores1, values, starts, first, context, dim, sum0, sum1)
+                _weigh(scores0, scores1, own_values, starts, context, end, dim, sum0, sum1)
                 _store(out, x, dim, sum0, factor0)
                 _store(out, y, dim, sum1, factor1)
             turn = (turn - pairs) % threads

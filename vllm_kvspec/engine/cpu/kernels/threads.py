@@ -65,13 +65,14 @@ def _pointer(_, address):
 
 @intrinsic
 def _prefetch(_, pointer):
-    """The cache line at an address: read soon, and then several times."""
+    """The cache line at an address, to the second-level cache: for the first there are too few places under way, and a
+    fetch that finds none is dropped."""
 
     def code(context, builder, signature, values):
         integer = ir.IntType(32)
         kind = ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t, integer, integer, integer])
         function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
-        builder.call(function, [values[0], integer(0), integer(3), integer(1)])
+        builder.call(function, [values[0], integer(0), integer(2), integer(1)])
         return context.get_dummy_value()
 
     return types.void(pointer), code
