@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The node budget: the formulae of its costs, what it may and may not choose, and how it learns from acceptance."""
 
+import itertools
 import json
 import pickle
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_kvspec.engine.budget.choice import (
+    DEFAULT_PROFILE,
     IDLE_HORIZON,
     LEAST_GAIN,
     Acceptance,
@@ -143,6 +146,26 @@ def test_acceptance_learns_the_scale_of_the_profile():
     for _ in range(3000):
         acceptance.observe(8, 4)
     assert acceptance.accepted(8) == pytest.approx(4.0, abs=0.1)
+
+
+@pytest.mark.parametrize("flatter", [True, False])
+def test_the_shape_of_the_profile_is_learned_too(flatter):
+    """Steps and tokens of SmolLM2's head, whose curve is flatter than the profile: scaled to what 8 nodes yield, the
+    profile says 8, and 4 are better."""
+    seconds = {0: 45.5, 2: 50.5, 4: 50.5, 8: 55.7, 16: 64.3}
+    costs = MeasuredCosts({n: [(1, t)] for n, t in seconds.items()}, dict.fromkeys(seconds, 0.0))
+    true = {2: 0.42, 4: 0.61, 8: 0.70, 16: 0.78} if flatter else {n: DEFAULT_PROFILE[n] - 1 for n in (2, 4, 8, 16)}
+    rates = {n: (1 + true.get(n, 0.0)) / t for n, t in seconds.items()}
+    acceptance, rng, chosen = Acceptance(), random.Random(0), []
+    for _ in range(2000):
+        chosen.append(choose_nodes(costs, acceptance, budget_sizes(16), 1, 0))
+        more = true[chosen[-1]] / (1 + true[chosen[-1]])
+        accepted = next(n for n in itertools.count() if rng.random() >= more)
+        acceptance.observe(chosen[-1], min(accepted, chosen[-1]))
+    # Not at once, and others are tried now and then.
+    late = [rates[n] for n in chosen[500:]]
+    assert sum(late) / len(late) > 0.985 * max(rates.values())
+    assert set(chosen) > {8}
 
 
 def test_no_more_nodes_accepted_than_there_are():

@@ -15,7 +15,7 @@ import json
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import exp
+from math import exp, sqrt
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -34,6 +34,11 @@ RECYCLE_PROFILE = {1: 1.11, 2: 1.18, 4: 1.24, 8: 1.33, 16: 1.39, 32: 1.46, 63: 1
 HORIZON, IDLE_HORIZON = 512.0, 4096.0
 # Weight of the profile, in request steps at its largest tree.
 PRIOR_STEPS = 4.0
+# A number of nodes is judged by the profile's curve as if that had been seen in so many request steps, and by its own.
+CURVE_STEPS = 32.0
+# How much better than seen a number of nodes may be that nothing was seen of; divided by the root of 1 + its request
+# steps / CURVE_STEPS. What looks no worse than that is tried for a few steps.
+DOUBT = 0.09
 # Plain decoding is left for so many times its speed at least: timed steps are a few percent off, and where trees and
 # plain decoding are equal by them, trees have turned out slower (SmolLM2 on two cores, 8 requests: by a tenth).
 LEAST_GAIN = 1.05
@@ -220,7 +225,8 @@ class Acceptance:
     """Running estimate of the tokens accepted per request step, for every number of nodes.
 
     The profile's curve, scaled by the ratio of accepted to foreseen tokens over the last ``HORIZON`` request steps,
-    with ``PRIOR_STEPS`` steps of trust in the profile. Steps without nodes show nothing, so the estimate drifts back to
+    with ``PRIOR_STEPS`` steps of trust in the profile; and what was seen with this very number of nodes, because the
+    curve's shape is another head's or another text's. Steps without nodes show nothing, so the estimate drifts back to
     the profile, and a workload that was given up is tried again for a few steps.
     """
 
@@ -228,6 +234,7 @@ class Acceptance:
         self.curve = accepted_by_nodes(profile or DEFAULT_PROFILE)
         self._prior = PRIOR_STEPS * self.curve[-1]
         self._seen = self._foreseen = 0.0
+        self._own: dict[int, tuple[float, float]] = {}
 
     @property
     def scale(self) -> float:
@@ -238,18 +245,27 @@ class Acceptance:
         self._fade(1 / HORIZON)
         self._seen += accepted
         self._foreseen += self.curve[nodes]
+        steps, total = self._own.get(nodes, (0.0, 0.0))
+        self._own[nodes] = steps + 1, total + accepted
 
     def forget(self, steps: int) -> None:
         """``steps`` request steps went by without nodes."""
         self._fade(steps / IDLE_HORIZON)
 
     def _fade(self, amount: float) -> None:
-        self._seen *= exp(-amount)
-        self._foreseen *= exp(-amount)
+        kept = exp(-amount)
+        self._seen *= kept
+        self._foreseen *= kept
+        self._own = {nodes: (kept * steps, kept * total) for nodes, (steps, total) in self._own.items()}
 
     def accepted(self, nodes: int) -> float:
         """Expected accepted tokens of a request step with ``nodes`` nodes."""
-        return min(nodes, self.scale * self.curve[nodes])
+        steps, total = self._own.get(nodes, (0.0, 0.0))
+        return min(nodes, (CURVE_STEPS * self.scale * self.curve[nodes] + total) / (CURVE_STEPS + steps))
+
+    def doubt(self, nodes: int) -> float:
+        """By how much of it the tokens of such a step may be more than expected."""
+        return DOUBT / sqrt(1 + self._own.get(nodes, (0.0, 0.0))[0] / CURVE_STEPS)
 
 
 def tokens_per_second(costs: Costs, accepted: float, batch: int, context: float, nodes: int) -> float:
@@ -265,18 +281,20 @@ def choose_nodes(
     context: float,
     max_rows: float = float("inf"),
 ) -> int:
-    """The number of nodes in ``sizes`` with the most expected tokens per second, the smallest of equals; 0 unless that
-    is more than ``LEAST_GAIN`` times plain decoding's.
+    """The number of nodes in ``sizes`` that may well have the most tokens per second, the smallest of equals; 0 unless
+    that is expected to be more than ``LEAST_GAIN`` times plain decoding's.
 
     ``batch``: requests in the step; ``context``: their cached tokens in all; ``max_rows``: rows that one step may have.
     """
-    best, best_rate = 0, LEAST_GAIN * tokens_per_second(costs, 0.0, batch, context, 0)
+    least = LEAST_GAIN * tokens_per_second(costs, 0.0, batch, context, 0)
+    best, best_rate = 0, 0.0
     for nodes in sorted(sizes):
         if nodes == 0 or batch * (nodes + 1) > max_rows:
             continue
         rate = tokens_per_second(costs, acceptance.accepted(nodes), batch, context, nodes)
-        if rate > best_rate:
-            best, best_rate = nodes, rate
+        hoped = rate * (1 + acceptance.doubt(nodes))
+        if rate > least and hoped > best_rate:
+            best, best_rate = nodes, hoped
     return best
 
 
