@@ -27,16 +27,6 @@ from vllm_kvspec.engine.cpu.kernels.compiled import compile_now
 _ANY = 1 << 60
 
 
-@numba.cfunc(types.int32())
-def _zero():
-    return 0
-
-
-@numba.cfunc(types.int32())
-def _one():
-    return 1
-
-
 # With torch's OpenMP, which torch makes visible to the whole process.
 _process = ctypes.CDLL(None)
 _parallel = getattr(_process, "GOMP_parallel", None)
@@ -44,16 +34,25 @@ if _parallel is not None:
     _parallel.argtypes, _parallel.restype = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint), None
 
 
-def _named(symbol: str, standard: str, alone) -> types.ExternalFunction:
-    """A function of OpenMP under a name of ours, so that code from the cache finds it as well."""
-    found = _parallel and getattr(_process, standard)
-    llvm.add_symbol(symbol, ctypes.cast(found, ctypes.c_void_p).value if found else alone.address)
+# Compiled functions whose addresses are given away.
+_kept = []
+
+
+def _named(symbol: str, standard: str, alone: int) -> types.ExternalFunction:
+    """A function of OpenMP under a name of ours, so that code from the cache finds it as well; ``alone``: what it is
+    without OpenMP."""
+    if _parallel is not None:
+        address = ctypes.cast(getattr(_process, standard), ctypes.c_void_p).value
+    else:
+        _kept.append(numba.cfunc(types.int32())(lambda: alone))
+        address = _kept[-1].address
+    llvm.add_symbol(symbol, address)
     return types.ExternalFunction(symbol, types.int32())
 
 
 # In a team's function: this thread's number, and how many threads there are.
-thread_number = _named("kvspec_thread_number", "omp_get_thread_num", _zero)
-num_threads = _named("kvspec_num_threads", "omp_get_num_threads", _one)
+thread_number = _named("kvspec_thread_number", "omp_get_thread_num", 0)
+num_threads = _named("kvspec_num_threads", "omp_get_num_threads", 1)
 
 
 @intrinsic
