@@ -258,6 +258,7 @@ def gathered(answers: list[dict], prompts: list[dict], rounds: int) -> list[dict
                 "log_probs": list(log_probs.values()),
                 "taus": taus[0] if batch == 1 else None,
                 "taus_again": taus[-1] if batch == 1 and rounds > 1 else None,
+                "cached_again": sum(one["cached"] for one in by_round[-1]) if rounds > 1 else None,
                 "parts": [one["prompts"] for one in by_round[0]],
                 "seconds": [min(times) for times in seconds],
             }
@@ -274,7 +275,7 @@ def rows_of(method: str, found: list[dict], plain: list[dict]) -> list[dict[str,
         if taus := one["taus"]:
             row |= {"tau": statistics.mean(taus), "standard error": statistics.stdev(taus) / len(taus) ** 0.5}
         if again := one["taus_again"]:
-            row["tau, last round"] = statistics.mean(again)
+            row |= {"tau, last round": statistics.mean(again), "cached tokens, last round": one["cached_again"]}
         expected = texts.get((one["temperature"], one["batch"]))
         # Model Runner V1 draws other noise.
         comparable = one["temperature"] == 0 or torch.cuda.is_available() or method not in V1_ON_CPU

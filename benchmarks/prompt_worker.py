@@ -33,7 +33,7 @@ def answers_to(engine, requests: list[tuple], at_once: int) -> list:
 
 def measure(llm, prompts: list[dict], part: dict[str, Any], job: dict[str, Any]) -> dict[str, Any]:
     """The prompts ``part["prompts"]`` (their numbers), ``part["batch"]`` of them at a time: token ids, seconds, engine
-    steps; where asked for, the mean log-probability of each text's tokens."""
+    steps, tokens found in the prefix cache; where asked for, the mean log-probability of each text's tokens."""
     from vllm import SamplingParams
 
     # A salt of its own: a table that drafts from earlier answers must not have these.
@@ -47,6 +47,7 @@ def measure(llm, prompts: list[dict], part: dict[str, Any], job: dict[str, Any])
         "token_ids": [list(output.outputs[0].token_ids) for output in outputs],
         "seconds": seconds,
         "steps": engine_steps(llm) - before,
+        "cached": sum(output.num_cached_tokens or 0 for output in outputs),
     }
     if job["log_probs"]:
         answers = [output.outputs[0] for output in outputs]
