@@ -79,13 +79,16 @@ def test_parts(bench):
 def test_answers_are_gathered(bench):
     part = {"temperature": 0.0, "batch": 1, "steps": 3}
     answers = [
-        part | {"round": number, "prompts": [i], "token_ids": [[i, 1, 2, 3, 4]], "seconds": seconds}
+        part
+        | {"round": number, "prompts": [i], "token_ids": [[i, 1, 2, 3, 4]], "seconds": seconds, "cached": number * 7}
         for number, times in enumerate([(1.0, 2.0), (0.5, 3.0)])
         for i, seconds in enumerate(times)
     ]
     (found,) = bench.gathered(answers, [{}, {}], 2)
     assert found["token_ids"] == [[0, 1, 2, 3, 4], [1, 1, 2, 3, 4]]
     assert (found["taus"], found["seconds"]) == ([2.0, 2.0], [0.5, 2.0])
+    (row,) = bench.rows_of("8", [found], [])
+    assert (row["tau, last round"], row["cached tokens, last round"]) == (2.0, 14)
     slow = found | {"seconds": [2.0, 4.0]}
     assert bench.speed_up(found, slow)[0] == 2.4 and bench.speed_up(found, found) == (1.0, 0.0)
 
