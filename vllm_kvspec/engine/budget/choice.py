@@ -245,7 +245,7 @@ class Acceptance:
         self._fade(1 / HORIZON)
         self._seen += accepted
         self._foreseen += self.curve[nodes]
-        steps, total = self._own.get(nodes, (0.0, 0.0))
+        steps, total = self._seen_with(nodes)
         self._own[nodes] = steps + 1, total + accepted
 
     def forget(self, steps: int) -> None:
@@ -258,14 +258,18 @@ class Acceptance:
         self._foreseen *= kept
         self._own = {nodes: (kept * steps, kept * total) for nodes, (steps, total) in self._own.items()}
 
+    def _seen_with(self, nodes: int) -> tuple[float, float]:
+        """Request steps with ``nodes`` nodes, and the tokens accepted in them."""
+        return self._own.get(nodes, (0.0, 0.0))
+
     def accepted(self, nodes: int) -> float:
         """Expected accepted tokens of a request step with ``nodes`` nodes."""
-        steps, total = self._own.get(nodes, (0.0, 0.0))
+        steps, total = self._seen_with(nodes)
         return min(nodes, (CURVE_STEPS * self.scale * self.curve[nodes] + total) / (CURVE_STEPS + steps))
 
     def doubt(self, nodes: int) -> float:
         """By how much of it the tokens of such a step may be more than expected."""
-        return DOUBT / sqrt(1 + self._own.get(nodes, (0.0, 0.0))[0] / CURVE_STEPS)
+        return DOUBT / sqrt(1 + self._seen_with(nodes)[0] / CURVE_STEPS)
 
 
 def tokens_per_second(costs: Costs, accepted: float, batch: int, context: float, nodes: int) -> float:
